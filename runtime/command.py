@@ -1,0 +1,75 @@
+"""The habits that all commands share: one sentence per mistake, exit codes 0, 1 and 2, logging, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from tqdm import tqdm
+
+from .errors import MetaEmbedError, UsageError
+
+T = TypeVar("T")
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the project's habits: ``--quiet`` and ``--verbose``, and one-line errors that exit with 2."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def add_common(self) -> None:
+        self.add_argument("--quiet", action="store_true", help="print results and errors only")
+        self.add_argument("--verbose", action="store_true", help="log what is being done, and tracebacks")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
+
+
+def run_command(
+    parser: Parser, work: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None = None
+) -> int:
+    """Parse, work, and turn every expected failure into one sentence on stderr and an exit code (0, 1 or 2)."""
+    args = parser.parse_args(argv)
+    level = logging.DEBUG if args.verbose else logging.ERROR if args.quiet else logging.WARNING
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+    try:
+        return work(args) or EXIT_DONE
+    except UsageError as error:
+        return _fail(parser, args, str(error), EXIT_USAGE)
+    except MetaEmbedError as error:
+        return _fail(parser, args, str(error), EXIT_FAILED)
+    except MemoryError:
+        return _fail(parser, args, "out of memory; close other programs or use a machine with more", EXIT_FAILED)
+    except BrokenPipeError:  # the reader (head, less) has left; that is its right
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except OSError as error:
+        return _fail(parser, args, _os_sentence(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        return _fail(parser, args, "interrupted; nothing half-written was left", 130)
+
+
+def _os_sentence(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"the disk is full{f' ({error.filename})' if error.filename else ''}; free some space and run again"
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+
+
+def _fail(parser: Parser, args: argparse.Namespace, sentence: str, code: int) -> int:
+    if args.verbose:
+        logging.getLogger(parser.prog).exception("traceback follows")
+    print(f"{parser.prog}: {sentence}", file=sys.stderr)
+    return code
+
+
+def progress(items: Iterable[T], what: str, *, total: int | None = None, quiet: bool = False, **kwargs: Any) -> tqdm[T]:
+    """A progress bar on stderr; silent when stderr is not a terminal (kwargs: tqdm's)."""
+    return tqdm(items, desc=what, total=total, disable=True if quiet else None, leave=False, **kwargs)

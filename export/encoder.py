@@ -10,11 +10,11 @@ Shapes: b items, t positions, r answer rows, d hidden, h heads, k key heads, e h
 from __future__ import annotations
 
 import torch
+from metaembed.runtime.geometry import Geometry, TextGeometry, VisionGeometry
+from metaembed.runtime.layout import PATCHES
 from torch import Tensor, nn
 
-from metaembed.runtime.geometry import Geometry
-from metaembed.runtime.layout import PATCHES
-
+VISION_ROPE_THETA = 10000.0  # fixed in Qwen2.5-VL
 MASKED = -3.0e4  # finite, so that padding never makes NaN (-inf * 0); within fp16; exp(MASKED) is 0 in float32
 
 
@@ -87,12 +87,12 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, g: VisionGeometry) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(g.vision_hidden, 1e-6)
-        self.norm2 = RMSNorm(g.vision_hidden, 1e-6)
-        self.attn = VisionAttention(g.vision_hidden, g.vision_heads)
-        self.mlp = GatedMLP(g.vision_hidden, g.vision_intermediate, bias=True)
+        self.norm1 = RMSNorm(g.hidden, 1e-6)
+        self.norm2 = RMSNorm(g.hidden, 1e-6)
+        self.attn = VisionAttention(g.hidden, g.heads)
+        self.mlp = GatedMLP(g.hidden, g.intermediate, bias=True)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x), cos, sin, bias)
@@ -102,10 +102,10 @@ class VisionBlock(nn.Module):
 class PatchEmbed(nn.Module):
     """The 3-d convolution over non-overlapping patches, as the matrix product that it is."""
 
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, g: VisionGeometry) -> None:
         super().__init__()
-        kernel = (g.temporal_patch_size, g.patch_size, g.patch_size)
-        self.proj = nn.Conv3d(g.in_channels, g.vision_hidden, kernel, bias=False)
+        kernel = (g.temporal, g.patch, g.patch)
+        self.proj = nn.Conv3d(g.in_channels, g.hidden, kernel, bias=False)
 
     def forward(self, patches: Tensor) -> Tensor:
         return patches.to(self.proj.weight.dtype) @ self.proj.weight.flatten(1).t()
@@ -114,11 +114,11 @@ class PatchEmbed(nn.Module):
 class PatchMerger(nn.Module):
     """Four patches of a merged unit become one image embedding."""
 
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, g: VisionGeometry) -> None:
         super().__init__()
-        width = g.vision_hidden * g.merge_size**2
-        self.ln_q = RMSNorm(g.vision_hidden, 1e-6)
-        self.mlp = nn.ModuleList([nn.Linear(width, width), nn.Identity(), nn.Linear(width, g.hidden)])
+        width = g.hidden * g.merge**2
+        self.ln_q = RMSNorm(g.hidden, 1e-6)
+        self.mlp = nn.ModuleList([nn.Linear(width, width), nn.Identity(), nn.Linear(width, g.out_hidden)])
 
     def forward(self, x: Tensor) -> Tensor:  # (i, w, 64, c) -> (i, w * 16, d)
         x = self.ln_q(x).flatten(1).unflatten(1, (-1, self.mlp[0].in_features))
@@ -127,11 +127,11 @@ class PatchMerger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, g: VisionGeometry) -> None:
         super().__init__()
         self.full_attention = frozenset(g.full_attention_blocks)
         self.patch_embed = PatchEmbed(g)
-        self.blocks = nn.ModuleList(VisionBlock(g) for _ in range(g.vision_depth))
+        self.blocks = nn.ModuleList(VisionBlock(g) for _ in range(g.depth))
         self.merger = PatchMerger(g)
 
     def forward(self, patches: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
@@ -148,25 +148,24 @@ class VisionTower(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """patches [i, w, 64, 1176], patch_positions [i, w, 64, 2], patch_mask [i, w, 64] -> image embeddings [i, w*16, d]."""
+    """Patches in window order -> image embeddings [i, w*16, d], still in window order (inputs: CONTRIBUTING.md)."""
 
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         super().__init__()
-        self.visual = VisionTower(g)
-        half = g.vision_hidden // g.vision_heads // 2
-        frequencies = 1.0 / (10000.0 ** (torch.arange(0, half, 2, dtype=torch.float32) / half))
-        self.register_buffer("vision_inv_freq", frequencies, persistent=False)
+        self.visual = VisionTower(geometry.vision)
+        register_constants(self, vision_constants(geometry.vision))
 
     def forward(self, patches: Tensor, patch_positions: Tensor, patch_mask: Tensor) -> Tensor:
         # Half of the frequencies turn with the row, half with the column: (i, w, 64, 2, e/4) -> (i, w, 64, e/2)
-        positions = patch_positions.unsqueeze(-1).expand(-1, -1, -1, -1, self.vision_inv_freq.shape[0]).flatten(-2)
-        cos, sin = rotation(positions, self.vision_inv_freq.repeat(2))
+        quarter = self.vision_inv_freq.shape[0] // 2
+        positions = patch_positions.unsqueeze(-1).expand(-1, -1, -1, -1, quarter).flatten(-2)
+        cos, sin = rotation(positions, self.vision_inv_freq)
         bias = (~patch_mask).float() * MASKED
         return self.visual(patches, cos, sin, bias)
 
 
 class Attention(nn.Module):
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, g: TextGeometry) -> None:
         super().__init__()
         self.head_size = g.head_dim
         self.q_proj = nn.Linear(g.hidden, g.heads * g.head_dim, bias=True)
@@ -185,7 +184,7 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, g: TextGeometry) -> None:
         super().__init__()
         self.self_attn = Attention(g)
         self.mlp = GatedMLP(g.hidden, g.intermediate, bias=False)
@@ -206,7 +205,7 @@ class DecoderLayer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, g: TextGeometry) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(g.vocab, g.hidden)
         self.layers = nn.ModuleList(DecoderLayer(g) for _ in range(g.layers))
@@ -225,16 +224,13 @@ class LanguageEncoder(nn.Module):
     See CONTRIBUTING.md for the inputs. Token ids from ``vocab`` on are Meta Tokens.
     """
 
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         super().__init__()
-        self.language_model = LanguageModel(g)
-        self.prompt_embed_tokens = nn.Embedding(g.query_tokens + g.candidate_tokens, g.hidden)
-        self.custom_text_proj = nn.Linear(g.hidden, g.dim) if g.has_projection else None
-        size = g.head_dim
-        frequencies = 1.0 / (g.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
-        self.register_buffer("text_inv_freq", frequencies, persistent=False)
-        axes = sum(([axis] * length for axis, length in enumerate(g.mrope_section)), [])
-        self.register_buffer("rope_axes", torch.tensor(axes), persistent=False)  # which position turns a frequency
+        hidden = geometry.text.hidden
+        self.language_model = LanguageModel(geometry.text)
+        self.prompt_embed_tokens = nn.Embedding(geometry.meta_tokens, hidden)
+        self.custom_text_proj = None if geometry.projection is None else nn.Linear(hidden, geometry.projection)
+        register_constants(self, text_constants(geometry.text))
 
     def forward(
         self,
@@ -263,5 +259,25 @@ class LanguageEncoder(nn.Module):
         is_meta = (token_ids >= vocabulary).unsqueeze(-1)
         tokens = table(token_ids.clamp(max=vocabulary - 1))
         metas = meta_table((token_ids - vocabulary).clamp(min=0))
-        images = image_embeddings.flatten(0, 1)[image_rows.clamp(min=0)]
+        images = nn.functional.embedding(image_rows.clamp(min=0), image_embeddings.flatten(0, 1))
         return torch.where(is_meta, metas, torch.where((image_rows >= 0).unsqueeze(-1), images, tokens))
+
+
+def register_constants(module: nn.Module, constants: dict[str, Tensor]) -> None:
+    """Keep tensors that follow from the geometry beside the weights, but out of the checkpoint."""
+    for name, value in constants.items():
+        module.register_buffer(name, value, persistent=False)
+
+
+def vision_constants(g: VisionGeometry) -> dict[str, Tensor]:
+    """Rotary frequencies of one half head [e/2]: the first quarter turns with the row, the second with the column."""
+    half = g.head_dim // 2
+    quarter = 1.0 / (VISION_ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float32) / half))
+    return {"vision_inv_freq": quarter.repeat(2)}
+
+
+def text_constants(g: TextGeometry) -> dict[str, Tensor]:
+    """Rotary frequencies [e/2], and which of (temporal, height, width) turns each of them: M-RoPE."""
+    frequencies = 1.0 / (g.rope_theta ** (torch.arange(0, g.head_dim, 2, dtype=torch.float32) / g.head_dim))
+    axes = torch.arange(3).repeat_interleave(torch.tensor(g.mrope_section))
+    return {"text_inv_freq": frequencies, "rope_axes": axes}

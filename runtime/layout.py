@@ -150,5 +150,5 @@ def query_meta_tokens(vocabulary: int, budget: int) -> Ints:
 
 
 def candidate_meta_tokens(vocabulary: int, query_tokens: int, budget: int) -> Ints:
-    """A candidate of budget r_c appends **all** query rows and then ``candidate[:r_c]``; the last r_c are the answer."""
+    """A candidate of budget r_c appends **all** query rows, then ``candidate[:r_c]``; the last r_c are the answer."""
     return vocabulary + np.arange(query_tokens + budget, dtype=np.int64)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metaembed.runtime.command import progress
 
 SAVE_EVERY = 100  # steps
-LOG_EVERY = 20  # steps
+LOG_EVERY = 25  # steps
 WARM_UP = 50  # steps
 
 Step = Callable[[np.random.Generator, int], "tuple[Tensor, dict[str, float]]"]

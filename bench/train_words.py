@@ -22,7 +22,7 @@ from .train_inputs import candidate_prompt, lay_out_plain, query_prompt, scene_g
 from .train_model import DemoModel
 
 FIXED, VARIED, PHRASES = 40, 12, 32  # pages of 112 px, or pages of varied size, and queries in a step
-VARIED_EVERY = 3  # steps
+VARIED_EVERY = 4  # steps
 UNLABELLED = -1
 
 _TOKENIZER = build_tokenizer()

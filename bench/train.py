@@ -22,9 +22,9 @@ from .train_model import DemoModel
 from .train_words import word_step
 
 WORD_STEPS, WORD_RATE = 600, 2e-3
-MMR_STEPS, MMR_RATE = 1800, 1e-3
+MMR_STEPS, MMR_RATE = 1800, 1.5e-3
 VALIDATION_SEED = 1
-CHECK_EVERY = 200  # steps of stage 2
+CHECK_EVERY = 300  # steps of stage 2
 
 
 def train(folder: Path, *, groups: Mapping[Group, float], steps: int, seed: int, resume: bool, quiet: bool) -> Path:

@@ -21,10 +21,12 @@ from .train_model import DemoModel
 
 FIXED, VARIED = 48, 16  # candidates of a step: pages of 112 px, and pages of varied size
 TEXTS, PAGES = 96, 16  # queries of a step: text; and as many image as image+text queries
-GROUPS_OF_SCENES = 240
+GROUPS_OF_SCENES = 160
 THEMES = (8, 12, len(WORDS))  # symbols that a group of scenes may show
 SIZE_BANDS = 3  # varied pages of a group are of like area, so that padding stays small
 EASY_STEPS = 200  # for so long queries name one item, then for as long one or two
+
+LARGEST_EVERY = 2  # the largest group joins every second step: it costs as much as all the others, and learns fastest
 
 # Equal weights leave (1,1) behind; see the model card.
 GROUP_WEIGHTS: dict[Group, float] = {(1, 1): 3.0, (2, 4): 2.0, (4, 8): 1.0, (8, 16): 1.0, (16, 64): 1.0}
@@ -83,6 +85,7 @@ def mmr_step(
     order = np.random.default_rng([pool.seed, number // GROUPS_OF_SCENES]).permutation(GROUPS_OF_SCENES)
     group = pool[int(order[number % GROUPS_OF_SCENES])]
     most = 1 + min(2, number // EASY_STEPS)
+    weights = weights if number % LARGEST_EVERY == 0 else _without_largest(weights)
     texts = [_text_query(rng, group.scenes, most) for _ in range(TEXTS)]
     r, s = (max(side) for side in zip(*weights, strict=True))
     queries = torch.cat(
@@ -94,6 +97,11 @@ def mmr_step(
     prompts = [candidate_prompt(scene) for scene in group.scenes]
     candidates = torch.cat([_read(model, prompts[:FIXED], group.fixed, s), _read(model, prompts[FIXED:], group.varied, s)])
     return mmr_loss(queries, candidates, relevance([*texts, *group.page_queries], group.scenes), weights), {}
+
+
+def _without_largest(weights: Mapping[Group, float]) -> Mapping[Group, float]:
+    """All groups but the largest, or the only one."""
+    return {group: weights[group] for group in sorted(weights)[:-1] or weights}
 
 
 def _read(model: DemoModel, prompts: list[Prompt], images: Tensor, budget: int) -> Tensor:

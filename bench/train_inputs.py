@@ -8,11 +8,16 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from metaembed.runtime.layout import (
+    LanguageInputs,
+    VisionInputs,
+    candidate_meta_tokens,
+    lay_out_images,
+    lay_out_prompts,
+    query_meta_tokens,
+)
 from PIL import Image
 from torch import Tensor
-
-from metaembed.runtime.layout import LanguageInputs, VisionInputs, candidate_meta_tokens, lay_out_images, lay_out_prompts
-from metaembed.runtime.layout import query_meta_tokens
 
 from .demo_model import CANDIDATE_TOKENS, IMAGE_MEAN, IMAGE_STD, QUERY_TOKENS, build_config
 from .demo_tokenizer import build_tokenizer
@@ -37,7 +42,7 @@ class Prompt:
 
 
 def scene_grid(scene: Scene) -> Grid:
-    """(rows, columns) of patches: Qwen rounds each side to a multiple of 28 px (no page here meets the pixel limits)."""
+    """(rows, columns) of patches: each side rounded to 28 px as Qwen does (no page here meets the pixel limits)."""
     return 2 * round(scene.height / UNIT), 2 * round(scene.width / UNIT)
 
 
@@ -49,7 +54,9 @@ def scene_patches(scene: Scene) -> np.ndarray:
         page = page.resize((14 * columns, 14 * rows), Image.Resampling.BICUBIC)
     values = np.asarray(page, np.float32) * _SCALE + _OFFSET  # (height, width, channel)
     values = values.reshape(rows // 2, 2, 14, columns // 2, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    return np.repeat(values[:, :, :, :, :, None], 2, axis=5).reshape(rows * columns, -1)  # a still image: two equal frames
+    return np.repeat(values[:, :, :, :, :, None], 2, axis=5).reshape(
+        rows * columns, -1
+    )  # a still image: two equal frames
 
 
 _SCALE = (1 / 255 / np.array(IMAGE_STD)).astype(np.float32)

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
 from metaembed.runtime.command import progress
+from torch import Tensor, nn
 
 SAVE_EVERY = 100  # steps
 LOG_EVERY = 25  # steps
@@ -28,7 +27,8 @@ Check = Callable[[], "dict[str, Any]"]
 class Stage:
     """One stage of the recipe: AdamW to ``peak_rate`` and down a half cosine to zero.
 
-    ``step(rng, number)`` returns a loss and numbers to log; ``check()`` is called every ``check_every`` steps and at the end.
+    ``step(rng, number)`` returns a loss and numbers to log; ``check()`` is called every ``check_every``
+    steps and at the end.
     """
 
     name: str

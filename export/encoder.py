@@ -279,5 +279,5 @@ def vision_constants(g: VisionGeometry) -> dict[str, Tensor]:
 def text_constants(g: TextGeometry) -> dict[str, Tensor]:
     """Rotary frequencies [e/2], and which of (temporal, height, width) turns each of them: M-RoPE."""
     frequencies = 1.0 / (g.rope_theta ** (torch.arange(0, g.head_dim, 2, dtype=torch.float32) / g.head_dim))
-    axes = torch.arange(3).repeat_interleave(torch.tensor(g.mrope_section))
-    return {"text_inv_freq": frequencies, "rope_axes": axes}
+    axes = [axis for axis, length in enumerate(g.mrope_section) for _ in range(length)]
+    return {"text_inv_freq": frequencies, "rope_axes": torch.tensor(axes)}

@@ -12,6 +12,9 @@ Config = Mapping[str, Any]
 
 # What MetaEmbed's own configuration says when a config.json (a plain Qwen2.5-VL base) says nothing.
 QUERY_TOKENS, CANDIDATE_TOKENS, NO_PROJECTION = 16, 64, -1
+# Patch side, merge side, temporal patch, channels, window side in pixels: those of every Qwen2.5-VL, fixed in
+# runtime/layout.py and so in the shape of the vision graph.
+GRAPH_SIZES = (14, 2, 2, 3, 112)
 # No size reaches this, and a damaged config.json should not make us list a billion layers.
 LARGEST, MOST_LAYERS = 1e9, 1000
 
@@ -73,23 +76,19 @@ class VisionGeometry:
     heads: int
     intermediate: int
     out_hidden: int
-    window: int
     full_attention_blocks: tuple[int, ...]
     patch: int = 14
     merge: int = 2
     temporal: int = 2
     in_channels: int = 3
+    window: int = 112
 
     def __post_init__(self) -> None:
         _check_positive("vision", self)
         _require(self.depth <= MOST_LAYERS, f"{self.depth} vision blocks are not plausible")
-        sizes = (self.patch, self.merge, self.temporal, self.in_channels)
-        _require(
-            sizes == (14, 2, 2, 3),
-            f"patch, merge, temporal and channel sizes {sizes} are not Qwen2.5-VL's (14, 2, 2, 3)",
-        )
+        sizes = (self.patch, self.merge, self.temporal, self.in_channels, self.window)
+        _require(sizes == GRAPH_SIZES, f"patch, merge, temporal, channels, window are {sizes}, not {GRAPH_SIZES}")
         _require(self.hidden % (4 * self.heads) == 0, f"{self.heads} vision heads do not fit hidden size {self.hidden}")
-        _require(self.window % (self.patch * self.merge) == 0, f"window_size {self.window} is not a multiple of 28 px")
         _require(
             all(0 <= block < self.depth for block in self.full_attention_blocks),
             f"fullatt_block_indexes {list(self.full_attention_blocks)} leave the {self.depth} vision blocks",

@@ -1,4 +1,4 @@
-"""The devices an engine can be built for: one table with a source beside each row, and the functions that choose from it.
+"""The devices an engine can be built for: one table with a source beside each row, and a chooser.
 
 Figures are nominal: memory as the vendor names it (a device reports 1-4 % less), peak rates dense (a data sheet's
 sparse figure halved), at the boost clock of the module's standard power mode.
@@ -16,8 +16,8 @@ from .errors import UsageError
 Capability = tuple[int, int]
 
 # The first compute capability with hardware for a type (hardware and precision table of the support matrix,
-# https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/support-matrix.html). The builder itself refuses FP8
-# below 8.9 and bf16 below 8.0, measured with TensorRT-RTX 1.7.
+# https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/support-matrix.html). The builder itself
+# refuses FP8 below 8.9 and bf16 below 8.0, measured with TensorRT-RTX 1.7.
 FIRST_CAPABILITY: dict[str, Capability] = {
     "fp32": (7, 5),
     "fp16": (7, 5),
@@ -135,7 +135,8 @@ DEVICES: tuple[Device, ...] = (
     Device("a10", "NVIDIA A10", "a10", (), (8, 6), 24, 600,
            {"fp32": 31.2, "bf16": 125, "fp16": 125, "int8": 250}, _SHEETS + "products/a10-gpu/"),
     Device("agx-orin-64gb", "Jetson AGX Orin 64 GB", "agx-orin",
-           ("orin", "agx-orin", "orin-agx", "orin-64gb", "orin-agx-64gb"), (8, 7), 64, 204.8, _ampere_orin(5.3, 42.5), _ORIN_BRIEF, integrated=True),
+           ("orin", "agx-orin", "orin-agx", "orin-64gb", "orin-agx-64gb"), (8, 7), 64, 204.8,
+           _ampere_orin(5.3, 42.5), _ORIN_BRIEF, integrated=True),
     Device("agx-orin-32gb", "Jetson AGX Orin 32 GB", "agx-orin", ("orin-32gb", "orin-agx-32gb"),
            (8, 7), 32, 204.8, _ampere_orin(3.3, 27), _ORIN_BRIEF, integrated=True),
     # The small boards at their standard modes; MAXN SUPER (JetPack 6.2) raises the NX and Nano by 1.6-1.7.
@@ -158,7 +159,8 @@ DEVICES: tuple[Device, ...] = (
            _SHEETS + "h200/"),
     # CUDA 12.8 called the same chip 10.1; an engine records what its own builder reported.
     Device("thor", "Jetson Thor T5000 128 GB", "thor", ("thor-t5000", "agx-thor", "t5000", "thor-128gb"),
-           (11, 0), 128, 273, {"fp32": 8.06, "bf16": 258.5, "fp16": 258.5, "int8": 517, "fp8": 517}, _THOR, integrated=True),
+           (11, 0), 128, 273, {"fp32": 8.06, "bf16": 258.5, "fp16": 258.5, "int8": 517, "fp8": 517}, _THOR,
+           integrated=True),
     Device("rtx5090", "GeForce RTX 5090", "rtx5090", ("5090", "geforce-rtx-5090"), (12, 0), 32, 1792,
            {"fp32": 104.8, "bf16": 209.5, "fp16": 209.5, "int8": 838, "fp8": 419}, _BLACKWELL),
 )

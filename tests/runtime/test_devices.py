@@ -12,8 +12,8 @@ from metaembed.runtime.devices import (
 )
 from metaembed.runtime.errors import UsageError
 
-# Streaming multiprocessors, boost clock in GHz, dense FLOP per clock and multiprocessor for fp32 and for fp16 on tensor
-# cores with fp32 accumulation: from the white papers (Turing, GA100, GA102, AD102, GH100, GB202) and module data sheets.
+# Streaming multiprocessors, boost clock in GHz, dense FLOP per clock and multiprocessor for fp32 and for fp16 on
+# tensor cores with fp32 accumulation: from the white papers (Turing to Blackwell) and module data sheets.
 UNITS = {
     "t4": (40, 1.59, 128, 1024),
     "a100-80gb": (108, 1.41, 128, 2048),

@@ -10,9 +10,10 @@ Shapes: b items, t positions, r answer rows, d hidden, h heads, k key heads, e h
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from metaembed.runtime.geometry import Geometry, TextGeometry, VisionGeometry
 from metaembed.runtime.layout import PATCHES
-from torch import Tensor, nn
 
 VISION_ROPE_THETA = 10000.0  # fixed in Qwen2.5-VL
 MASKED = -3.0e4  # finite, so that padding never makes NaN (-inf * 0); within fp16; exp(MASKED) is 0 in float32

@@ -140,6 +140,17 @@ def test_unreadable_sources_are_one_sentence_that_names_the_file(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("script.png", "PostScript"), ("bomb.png", "more pixels than is safe"), ("cut.jpg", "truncated")],
+)
+def test_the_sentence_gives_the_reason(tmp_path, name, reason):
+    """PostScript must be refused for itself, not because Ghostscript happens to be missing."""
+    (tmp_path / name).write_bytes(damaged_files(tmp_path)[name])
+    with pytest.raises(UsageError, match=reason):
+        load_image(tmp_path / name)
+
+
 @pytest.mark.parametrize("source", [None, 7, b"bytes", np.zeros((9, 9, 3), np.uint8)])
 def test_other_types_are_refused(source):
     with pytest.raises(UsageError, match="path or a PIL image"):

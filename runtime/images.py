@@ -171,7 +171,7 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     animation the first frame is read. A PIL image is not changed.
 
     Raises:
-        UsageError: not a readable image, too large (Pillow's ``Image.MAX_IMAGE_PIXELS``), or too long and thin; the
+        UsageError: not a readable image, too large (twice Pillow's ``Image.MAX_IMAGE_PIXELS``), or too long and thin; the
             sentence names the file.
     """
     if isinstance(source, Image.Image):

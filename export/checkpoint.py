@@ -26,8 +26,9 @@ METAEMBED_KEYS = (
     "use_bidirectional_attention",
 )
 META_MODULES = ("prompt_embed_tokens.", "custom_text_proj.")
+HINTS = {META_TABLE: " (the Meta Tokens; a plain Qwen2.5-VL needs a MetaEmbed adapter, --adapter)"}
 MAX_JSON_BYTES = 100_000_000
-SCAN_BYTES = 1 << 24
+SCAN_VALUES = 1 << 22
 # The exponent bits of each type; a value is NaN or infinite when all are set.
 EXPONENTS = {"F32": (np.uint32, 0x7F80_0000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
 
@@ -56,16 +57,15 @@ class Checkpoint:
             BundleError: a file is damaged, or tensors are missing, of the wrong shape, or left over.
         """
         folder = Path(folder)
-        config, refs = read_config(folder), collect_tensors(folder)
-        return cls.assemble(folder, config, {**refs, **_separate_meta(folder, refs)})
+        return cls.assemble(str(folder), read_config(folder), read_tensors(folder))
 
     @classmethod
-    def assemble(cls, folder: Path, config: Mapping[str, Any], refs: Refs) -> Checkpoint:
-        """Check tensors against what config.json describes; ``folder`` is named in errors."""
+    def assemble(cls, origin: str, config: Mapping[str, Any], refs: Refs) -> Checkpoint:
+        """Check tensors against what config.json describes; ``origin`` is named in errors."""
         config = _with_projection(config, refs)
         geometry = Geometry.from_config(config)
         expected = expected_tensors(geometry)
-        _check_tensors(folder, expected, refs)
+        _check_tensors(origin, expected, refs)
         return cls(config, geometry, {name: refs[name] for name in expected})
 
     @property
@@ -96,10 +96,8 @@ class Checkpoint:
 def is_finite(ref: TensorRef) -> bool:
     """Whether no value is NaN or infinite."""
     bits, exponent = EXPONENTS[ref.dtype]
-    step = SCAN_BYTES // np.dtype(bits).itemsize
-    values = ref.read().reshape(-1).view(bits)
-    pieces = (values[start : start + step] for start in range(0, values.size, step))
-    return all((piece & bits(exponent)).max() != exponent for piece in pieces)
+    pieces = ref.pieces(SCAN_VALUES)
+    return all((piece.view(bits) & bits(exponent)).max() != exponent for piece in pieces)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,8 +122,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG)
 
 
-def collect_tensors(folder: Path) -> Refs:
-    """Canonical name to place for every tensor of the folder's model file or shards; unused ones left out."""
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has a model file or an index of shards."""
+    return any((folder / file).is_file() for file in (SINGLE, INDEX))
+
+
+def read_tensors(folder: Path) -> Refs:
+    """Canonical name to place for every tensor of the folder that an encoder may use."""
+    refs = _model_tensors(folder)
+    return {**refs, **_separate_meta(folder, refs)}
+
+
+def _model_tensors(folder: Path) -> Refs:
     if (folder / INDEX).is_file():
         return _collect_shards(folder)
     if (folder / SINGLE).is_file():
@@ -189,25 +197,26 @@ def _with_projection(config: Mapping[str, Any], refs: Refs) -> dict[str, Any]:
     return dict(config)
 
 
-def _check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]], refs: Refs) -> None:
+def _check_tensors(origin: str, expected: Mapping[str, tuple[int, ...]], refs: Refs) -> None:
     both = [name for name in expected if name in refs]
     problems = [
-        _list_some("lacks", [name for name in expected if name not in refs]),
-        _list_some("has tensors that this model does not use:", [name for name in refs if name not in expected]),
-        _list_some(
+        list_some("lacks", [name + HINTS.get(name, "") for name in expected if name not in refs]),
+        list_some("has tensors that this model does not use:", [name for name in refs if name not in expected]),
+        list_some(
             "has tensors of another shape than its config.json says:",
             [f"{name} {refs[name].shape}, not {expected[name]}" for name in both if refs[name].shape != expected[name]],
         ),
-        _list_some(
+        list_some(
             "has weights that are not fp32, fp16 or bf16:",
             [f"{name} ({refs[name].dtype})" for name in both if refs[name].dtype not in FLOAT_DTYPES],
         ),
     ]
     if any(problems):
-        raise BundleError(f"{folder} " + "; it ".join(filter(None, problems)))
+        raise BundleError(f"{origin} " + "; it ".join(filter(None, problems)))
 
 
-def _list_some(what: str, names: list[str], most: int = 3) -> str:
+def list_some(what: str, names: list[str], most: int = 3) -> str:
+    """``what`` and the first few names, or nothing when there are none."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{what} {', '.join(names[:most])}{rest}" if names else ""
 

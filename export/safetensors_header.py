@@ -7,6 +7,7 @@ ONNX external data needs.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -44,6 +45,15 @@ class TensorRef:
     def read(self) -> np.ndarray:
         """A read-only, memory-mapped view; bf16 as ``ml_dtypes.bfloat16``."""
         return np.memmap(self.path, FLOAT_DTYPES[self.dtype], mode="r", offset=self.offset, shape=self.shape)
+
+    def pieces(self, values: int) -> Iterator[np.ndarray]:
+        """The flattened data, ``values`` at a time, read rather than mapped: mapped pages count as resident memory."""
+        dtype = FLOAT_DTYPES[self.dtype]
+        step = values * dtype.itemsize
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            for start in range(0, self.nbytes, step):
+                yield np.frombuffer(file.read(min(step, self.nbytes - start)), dtype)
 
 
 def read_header(path: Path) -> dict[str, TensorRef]:

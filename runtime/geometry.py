@@ -53,7 +53,7 @@ class TextGeometry:
         _refuse_other_variants(config)
         heads = _int(config, "num_attention_heads", 64)
         # transformers 5 writes rope_parameters; the hub's files have rope_scaling and rope_theta.
-        rope = _section(config, "rope_parameters", "rope_scaling")
+        rope = _section(config, "rope_scaling", "rope_parameters")
         return cls(
             hidden=_int(config, "hidden_size", 8192),
             layers=_int(config, "num_hidden_layers", 80),
@@ -220,7 +220,7 @@ def _refuse_other_modes(config: Config) -> None:
 
 def _refuse_other_variants(config: Config) -> None:
     _require_value(config, "hidden_act", "silu")
-    rope = _section(config, "rope_parameters", "rope_scaling")
+    rope = _section(config, "rope_scaling", "rope_parameters")
     kind = rope.get("rope_type", rope.get("type", "default"))
     _require(kind in ("default", "mrope"), f"rotary embeddings of type {kind!r} are not supported, only 'default'")
     _require(not config.get("use_sliding_window"), "sliding-window attention (use_sliding_window) is not supported")

@@ -36,7 +36,7 @@ from metaembed.runtime.text import Template
 
 from .checkpoint import Checkpoint
 from .golden import golden_items
-from .graph import WeightRef, attach_weights, check_operators, optimise, save_graph
+from .graph import WeightRef, attach_weights, check_operators, save_graph
 from .staging import staged_folder
 from .trace import trace_language, trace_vision
 from .weights import place_file
@@ -81,7 +81,6 @@ def export_bundle(
         for name, trace in ((VISION, trace_vision), (LANGUAGE, trace_language)):
             report(f"tracing {name}")
             model = trace(checkpoint.geometry, request.precision)
-            optimise(model)
             attach_weights(model, refs)
             check_operators(model)
             save_graph(model, folder / name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.tensors import META_TABLE, expected_tensors

@@ -10,9 +10,10 @@ Shapes: b items, t positions, r answer rows, d hidden, h heads, k key heads, e h
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from metaembed.runtime.geometry import Geometry, TextGeometry, VisionGeometry
 from metaembed.runtime.layout import PATCHES
-from torch import Tensor, nn
 
 VISION_ROPE_THETA = 10000.0  # fixed in Qwen2.5-VL
 MASKED = -3.0e4  # finite, so that padding never makes NaN (-inf * 0); within fp16; exp(MASKED) is 0 in float32
@@ -279,5 +280,5 @@ def vision_constants(g: VisionGeometry) -> dict[str, Tensor]:
 def text_constants(g: TextGeometry) -> dict[str, Tensor]:
     """Rotary frequencies [e/2], and which of (temporal, height, width) turns each of them: M-RoPE."""
     frequencies = 1.0 / (g.rope_theta ** (torch.arange(0, g.head_dim, 2, dtype=torch.float32) / g.head_dim))
-    axes = torch.arange(3).repeat_interleave(torch.tensor(g.mrope_section))
-    return {"text_inv_freq": frequencies, "rope_axes": axes}
+    axes = [axis for axis, length in enumerate(g.mrope_section) for _ in range(length)]
+    return {"text_inv_freq": frequencies, "rope_axes": torch.tensor(axes)}

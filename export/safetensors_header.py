@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
 from metaembed.runtime.errors import BundleError
 
 LENGTH_BYTES = 8

@@ -38,8 +38,9 @@ def run_command(
 ) -> int:
     """Parse, work, and turn every expected failure into one sentence on stderr and an exit code (0, 1 or 2)."""
     args = parser.parse_args(argv)
+    logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
     level = logging.DEBUG if args.verbose else logging.ERROR if args.quiet else logging.WARNING
-    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("metaembed").setLevel(level)  # not the root: Pillow and torch would flood --verbose
     try:
         return work(args) or EXIT_DONE
     except UsageError as error:

@@ -59,7 +59,8 @@ def window_slots(grid: tuple[int, int]) -> Ints:
     down, across = np.indices((height, width)).reshape(2, -1)
     window = (down // WINDOW) * -(-width // WINDOW) + across // WINDOW
     real_width = np.minimum(WINDOW, width - across // WINDOW * WINDOW)  # windows at the right edge are narrower
-    return (window * UNITS + down % WINDOW * real_width + across % WINDOW).astype(np.int64)
+    slots: Ints = window * UNITS + down % WINDOW * real_width + across % WINDOW
+    return slots
 
 
 def patch_coordinates(grid: tuple[int, int]) -> Ints:

@@ -1,0 +1,96 @@
+"""What happens to a traced graph before it is written: optimise, point the weights at safetensors shards, check operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from onnxscript import optimizer
+
+from metaembed.runtime.errors import BundleError
+
+# Every operator a default graph may hold. All are in the ONNX-TensorRT 10.3 operator table
+# (github.com/onnx/onnx-tensorrt/blob/release/10.3-GA/docs/operators.md), the parser that JetPack 6.2 ships.
+ALLOWED_OPERATORS = frozenset(
+    "Add And Cast Clip Concat Constant Cos Div Erf Expand Gather GreaterOrEqual Greater Identity LessOrEqual Less MatMul Max Min "
+    "Mul Neg Not Pow Range Reciprocal ReduceMean ReduceSum Reshape Shape Sigmoid Sin Slice Softmax Sqrt Squeeze Sub Transpose "
+    "Unsqueeze Where".split()
+)
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """Where the bytes of one tensor lie: raw little-endian row-major, as in safetensors."""
+
+    location: str  # relative to the graph's folder
+    offset: int
+    length: int
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+
+
+def optimise(model: ir.Model) -> None:
+    """Fold constants and remove dead nodes, in place, without touching the weights.
+
+    The weights become graph inputs meanwhile: the optimiser would fold ``Transpose(weight)`` and inline the result.
+    """
+    graph = model.graph
+    weights = weights_of(model)
+    for value in weights:
+        del graph.initializers[value.name]
+    graph.inputs.extend(weights)
+    optimizer.optimize_ir(model)
+    for value in weights:
+        graph.inputs.remove(value)
+        graph.initializers.add(value)
+
+
+def weights_of(model: ir.Model) -> list[ir.Value]:
+    """The initialisers that a trace left without values: the weights."""
+    return [value for value in model.graph.initializers.values() if value.const_value is None]
+
+
+def attach_weights(model: ir.Model, refs: Mapping[str, WeightRef]) -> None:
+    """Point every weight of the graph at its bytes; a weight stored in another type gets one Cast behind it.
+
+    Raises:
+        BundleError: a weight of the graph has no bytes, or bytes of another shape.
+    """
+    graph = model.graph
+    for value in weights_of(model):
+        name, ref = value.name, refs.get(value.name)
+        if ref is None or tuple(ref.shape) != tuple(value.shape.numpy()):
+            found = "is missing" if ref is None else f"has shape {list(ref.shape)}"
+            raise BundleError(f"weight {name} {found}; the graph needs {[int(size) for size in value.shape]}")
+        tensor = ir.ExternalTensor(
+            ref.location, ref.offset, ref.length, ref.dtype, shape=ir.Shape(ref.shape), name=name
+        )
+        if ref.dtype != value.dtype:
+            _cast_after(graph, value, value.dtype)
+            value.dtype = ref.dtype
+        value.const_value = tensor
+
+
+def _cast_after(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
+    users = tuple(value.uses())
+    cast = ir.node("Cast", [value], {"to": dtype}, name=f"{value.name}/cast")
+    cast.outputs[0].dtype, cast.outputs[0].shape = dtype, value.shape
+    for node, index in users:
+        node.replace_input_with(index, cast.outputs[0])
+    graph.insert_before(graph[0], cast)
+
+
+def check_operators(model: ir.Model, allowed: frozenset[str] = ALLOWED_OPERATORS) -> None:
+    """Raise BundleError when the graph holds an operator outside the list, which a TensorRT parser might refuse."""
+    strange = sorted({node.op_identifier()[1] for node in model.graph.all_nodes()} - allowed)
+    if strange or model.functions:
+        raise BundleError(
+            f"the traced graph holds operators outside the allow-list: {', '.join(strange) or 'functions'}"
+        )
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write the graph; weights stay where they are."""
+    ir.save(model, path)

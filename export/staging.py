@@ -1,0 +1,80 @@
+"""A folder that exists whole or not at all: written as a hidden sibling, then renamed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from metaembed.runtime.errors import UsageError
+from metaembed.runtime.manifest import MANIFEST
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse an output that exists, before any work; ``force`` allows replacing a bundle or an empty folder.
+
+    Raises:
+        UsageError: the sentence says why and what to do.
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise UsageError(f"{output} exists and is not a folder; choose another output with -o")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not (output / MANIFEST).is_file():
+        raise UsageError(f"{output} exists and is no bundle, so it is not replaced; choose another output with -o")
+    if not force:
+        raise UsageError(f"{output} exists; give -f to replace it, or another output with -o")
+
+
+@contextmanager
+def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
+    """Yield an empty folder beside ``output``; rename it to ``output`` on success, remove it on any failure."""
+    output = Path(os.path.abspath(output))
+    check_output(output, force=force)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(output)
+    staging = output.parent / f".{output.name}.partial-{os.getpid()}"
+    staging.mkdir()
+    try:
+        yield staging
+        _sync(staging)
+        _replace(staging, output, force=force)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _replace(staging: Path, output: Path, *, force: bool) -> None:
+    check_output(output, force=force)  # once more: the work may have taken minutes
+    old = output.parent / f".{output.name}.replaced-{os.getpid()}"
+    if output.exists():
+        output.rename(old)
+    try:
+        staging.rename(output)
+    except OSError:
+        if old.exists():
+            old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Folders that killed runs left: their process is gone."""
+    pattern = re.compile(re.escape(f".{output.name}.") + r"(?:partial|replaced)-(\d+)")
+    for sibling in output.parent.iterdir():
+        match = pattern.fullmatch(sibling.name)
+        if match and not Path(f"/proc/{match[1]}").exists():
+            shutil.rmtree(sibling, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Flush files and folders to disk, so that a rename never outlives its contents."""
+    for path in (folder, *folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

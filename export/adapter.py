@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from metaembed.runtime.errors import BundleError, UsageError
 
 from .checkpoint import METAEMBED_KEYS, Checkpoint, Refs, list_some, read_config, read_json, read_tensors

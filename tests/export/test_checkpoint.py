@@ -9,13 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
+
 from metaembed.export.checkpoint import Checkpoint
 from metaembed.export.checkpoint_names import canonical_name
 from metaembed.export.random_weights import write_random_checkpoint
 from metaembed.export.safetensors_header import read_header
 from metaembed.runtime.errors import BundleError, UsageError
-from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
 META, TABLE = "prompt_embed_tokens.weight", "language_model.embed_tokens.weight"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from metaembed.export.checkpoint import Checkpoint
 from metaembed.export.random_weights import write_random_checkpoint
 from metaembed.export.safetensors_header import read_header

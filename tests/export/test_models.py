@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from metaembed.export.models import DEMO_FOLDER, resolve_model
 from metaembed.export.random_weights import write_random_checkpoint
 from metaembed.runtime.errors import BundleError, UsageError
@@ -123,8 +124,9 @@ def test_mistaken_models_are_explained(tmp_path, tiny, arguments, words):
 
 
 def test_plain_base_is_told_that_it_lacks_an_adapter(tmp_path, tiny):
-    from metaembed.export.checkpoint import Checkpoint
     from safetensors.numpy import load_file, save_file
+
+    from metaembed.export.checkpoint import Checkpoint
 
     checkpoint = write_model(tmp_path / "mine", tiny)
     path = checkpoint.files[0]

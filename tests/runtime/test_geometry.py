@@ -6,6 +6,7 @@ import json
 from math import prod
 
 import pytest
+
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.known_models import KNOWN

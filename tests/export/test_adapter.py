@@ -87,6 +87,29 @@ def test_merge_equals_peft(tmp_path, tiny_config, lora):
         assert (as_float(merged.read(changed)) - base[changed]).abs().max() > 0.01
 
 
+def test_adapter_from_the_days_of_the_older_names_is_the_same(tmp_path, tiny_config):
+    """transformers 4 had visual.* and model.layers.* where 5 has model.visual.* and model.language_model.layers.*."""
+    train(tiny_config, tmp_path)
+    new = open_with_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "new")
+    rewrite_adapter(
+        tmp_path,
+        lambda tensors: {
+            name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): tensor
+            for name, tensor in tensors.items()
+        },
+    )
+    old = open_with_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "old")
+    for name in new.tensors:
+        np.testing.assert_array_equal(old.read(name), new.read(name), name)
+
+
+def test_update_of_lm_head_is_left_out(tmp_path, tiny_config):
+    """An embedding never reaches lm_head; an adapter that trained it is still an adapter for this model."""
+    train(tiny_config, tmp_path, target_modules=["q_proj", "lm_head"])
+    adapter = Adapter.open(tmp_path / "adapter")
+    assert sorted(adapter.updates) == [f"language_model.layers.{k}.self_attn.q_proj.weight" for k in (0, 1)]
+
+
 def test_merge_into_bf16_rounds_once(tmp_path, tiny_config):
     """Expected: PEFT adds an fp32 change to bf16 weights in fp32 too; another order of sums may round the other way."""
     expected = train(tiny_config, tmp_path, dtype=torch.bfloat16)

@@ -22,24 +22,23 @@ from metaembed.runtime.golden import SIDES, golden_path, write_golden
 from metaembed.runtime.images import ImageRules
 from metaembed.runtime.manifest import (
     LANGUAGE,
-    MANIFEST,
     PROCESSOR,
     TOKENIZER,
     VISION,
     Bundle,
     Limits,
     Manifest,
-    record_files,
+    write_manifest,
 )
 from metaembed.runtime.processor import write_image_rules
+from metaembed.runtime.staging import staged_folder
 from metaembed.runtime.text import Template
+from metaembed.runtime.weights import place_file
 
 from .checkpoint import Checkpoint
 from .golden import golden_items
 from .graph import WeightRef, attach_weights, check_operators, optimise, save_graph
-from .staging import staged_folder
 from .trace import trace_language, trace_vision
-from .weights import place_file
 
 log = logging.getLogger(__name__)
 IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
@@ -117,18 +116,6 @@ def place_weights(checkpoint: Checkpoint, folder: Path) -> Mapping[str, WeightRe
         name: WeightRef(places[ref.path], ref.offset, ref.nbytes, IR_DTYPES[ref.dtype], tuple(ref.shape))
         for name, ref in checkpoint.tensors.items()
     }
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Record every file of the folder and write bundle.json; returns the manifest as written."""
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    known = {name: record for name, record in manifest.files.items() if name.startswith("weights/")}
-    fresh = record_files(folder, [name for name in names if name != MANIFEST and name not in known])
-    manifest = replace(manifest, files={**known, **fresh})
-    (folder / MANIFEST).write_text(
-        json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    return manifest
 
 
 def _manifest(request: ExportRequest, checkpoint: Checkpoint) -> Manifest:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -197,6 +197,18 @@ def _sha256(file: BinaryIO) -> str:
 def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
     """Size and SHA-256 of files in a folder, by name."""
     return {name: FileRecord.of(folder / name) for name in names}
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Record every file of the folder and write bundle.json; returns the manifest as written."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    known = {name: record for name, record in manifest.files.items() if name.startswith("weights/")}
+    fresh = record_files(folder, [name for name in names if name != MANIFEST and name not in known])
+    manifest = replace(manifest, files={**known, **fresh})
+    (folder / MANIFEST).write_text(
+        json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    return manifest
 
 
 def _check_inside(folder: Path, name: str) -> None:

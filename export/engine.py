@@ -26,7 +26,7 @@ from metaembed.runtime.manifest import MANIFEST, Bundle, FileRecord, Manifest, r
 
 from .engine_commands import polygraphy_command, trtexec_command
 from .preflight import Preflight, gib
-from .profiles import EngineSpec
+from .profiles import SCORER, EngineSpec
 
 Event = dict[str, Any]
 POLL_SECONDS = 0.02
@@ -116,6 +116,7 @@ def _build(
         "capability": preflight.device.capability,
         "profiles": [profile.to_json() for profile in spec.profiles],
         "timing_cache": str(timing_cache_path(preflight)),
+        "tf32": spec.graph == SCORER,  # it widens bf16, which TensorFloat-32 holds exactly
         "log": str(log.resolve()),
     }
     start = time.monotonic()

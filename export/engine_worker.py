@@ -79,7 +79,8 @@ def make_config(order: dict[str, Any], monitor: Any) -> Any:
         capability = tuple(order["capability"])
         return CreateConfigRTX(compute_capabilities=[capability], **common)
     cache = order.get("timing_cache")
-    return CreateConfig(load_timing_cache=cache if cache and Path(cache).is_file() else None, **common)
+    known = cache if cache and Path(cache).is_file() else None
+    return CreateConfig(load_timing_cache=known, tf32=order.get("tf32", False), **common)
 
 
 def make_profile(profile: dict[str, Any]) -> Any:

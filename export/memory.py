@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from metaembed.runtime.geometry import Geometry
-from metaembed.runtime.manifest import VISION, Manifest
+from metaembed.runtime.manifest import LANGUAGE, VISION, Manifest
 
-from .profiles import EngineSpec
+from .profiles import SCORER, EngineSpec
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 GIB = 1 << 30
@@ -82,13 +83,13 @@ def estimate_build(manifest: Manifest, engines: Iterable[EngineSpec], flavour: s
     weights = {name: part.bytes(manifest.precision, kind) for name, part in count_weights(geometry).items()}
     blocks = {"vision": geometry.vision.depth, "language": geometry.text.layers}
     plans = [
-        weights[part] + int(PLAN_BYTES_PER_BLOCK * blocks[part] * len(engine.profiles))
+        weights.get(part, 0) + int(PLAN_BYTES_PER_BLOCK * blocks.get(part, 1) * len(engine.profiles))
         for engine, part in ((engine, Path(engine.graph).stem) for engine in engines)
     ]
     factor, base = (
         (RTX_BUILD_FACTOR, RTX_BUILD_BASE) if flavour == "tensorrt_rtx" else (TRT_BUILD_FACTOR, TRT_BUILD_BASE)
     )
-    activations = max(_activation_bytes(geometry, engine) for engine in engines)
+    activations = int(max(_activation_bytes(geometry, engine) for engine in engines))
     return Estimate(
         weights=sum(weights.values()),
         plans=sum(plans),
@@ -98,20 +99,16 @@ def estimate_build(manifest: Manifest, engines: Iterable[EngineSpec], flavour: s
     )
 
 
-def _activation_bytes(geometry: Geometry, engine: EngineSpec) -> int:
+def _activation_bytes(geometry: Geometry, engine: EngineSpec) -> float:
     """Of the largest shape that any profile of the engine allows."""
-    name, width = ("patches", geometry.vision.intermediate) if engine.graph == VISION else ("token_ids", 0)
-    width = width or geometry.text.intermediate
-    shapes = (profile.ranges[name].max for profile in engine.profiles)
-    positions = max(_product(shape[:3]) for shape in shapes)  # patches of all windows, or b * t
-    return int(positions * width * ACTIVATION_BYTES_PER_VALUE)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
+    if engine.graph == SCORER:  # the widened candidates
+        return max(4.0 * prod(profile.ranges["candidates"].max) for profile in engine.profiles)
+    name, width = {
+        VISION: ("patch_mask", geometry.vision.intermediate),
+        LANGUAGE: ("mask", geometry.text.intermediate),
+    }[engine.graph]
+    positions = max(prod(profile.ranges[name].max) for profile in engine.profiles)  # all patches, or b * t
+    return positions * width * ACTIVATION_BYTES_PER_VALUE
 
 
 def available_memory() -> int | None:

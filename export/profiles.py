@@ -20,6 +20,7 @@ LARGEST_ASPECT = 200  # Qwen's smart_resize refuses thinner images
 TEMPLATE_TOKENS = 40  # room for what a template adds to text and image: 26 at most in the released configuration
 TYPICAL_TEXT = 32  # positions of a template and a short text: what the opt shape of a profile is tuned for
 LAYOUTS = ("shared", "separate")
+SCORER = "scorer.onnx"  # MaxSim as a graph (scorer.py), in bundles that carry it
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def plan_engines(
     budgets: Iterable[Budget],
     *,
     layout: str = "shared",
+    side: str | None = None,
     profile_per_budget: bool = False,
     query_batch: int = 8,
     candidate_batch: int = 4,
@@ -101,7 +103,8 @@ def plan_engines(
 
     ``shared``: one language engine with the weights once, a profile for queries and one for candidates, each spanning
     the requested budgets, or with ``profile_per_budget`` one per distinct size and side. ``separate``: an engine per
-    distinct size and side, each with its own weights, for a device that runs one side at one budget.
+    distinct size and side, each with its own weights, for a device that runs one side at one budget. ``side`` keeps
+    the profiles of one side only.
 
     Raises:
         UsageError: an unknown layout, or a batch below 1.
@@ -110,10 +113,12 @@ def plan_engines(
         raise UsageError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     if min(query_batch, candidate_batch) < 1:
         raise UsageError("a batch needs at least one item")
-    sides = _sides(sizes, tuple(budgets), query_batch, candidate_batch)
+    sides = [
+        found for found in _sides(sizes, tuple(budgets), query_batch, candidate_batch) if side in (None, found.name)
+    ]
     split = profile_per_budget or layout == "separate"
-    profiles = [language_profile(sizes, part) for side in sides for part in (_each_size(side) if split else [side])]
-    vision = EngineSpec("vision", "vision.onnx", (vision_profile(sizes, max(query_batch, candidate_batch)),))
+    profiles = [language_profile(sizes, part) for found in sides for part in (_each_size(found) if split else [found])]
+    vision = EngineSpec("vision", "vision.onnx", (vision_profile(sizes, max(found.batch for found in sides)),))
     if layout == "separate":
         return (vision, *(EngineSpec(profile.name, "language.onnx", (profile,)) for profile in profiles))
     return (vision, EngineSpec("language", "language.onnx", tuple(profiles)))
@@ -175,6 +180,15 @@ def vision_profile(sizes: Sizes, images: int) -> Profile:
             "patch_mask": _range(batches, windows, patches),
         },
     )
+
+
+def scorer_engine(dim: int, largest: Budget, queries: int, chunk: int) -> EngineSpec:
+    """The engine of a scorer with dynamic budgets: up to ``queries`` queries against chunks of ``chunk`` candidates."""
+    ranges = {
+        "queries": _range((1, 1, queries), (1, largest.query, largest.query), (dim,) * 3),
+        "candidates": _range((1, chunk, chunk), (1, largest.candidate, largest.candidate), (dim,) * 3),
+    }
+    return EngineSpec("scorer", SCORER, (Profile("chunks", ranges),))
 
 
 def _range(*axes: tuple[int, ...]) -> Range:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from metaembed.runtime.errors import UsageError
-from metaembed.runtime.manifest import MANIFEST
+from .errors import UsageError
+from .manifest import MANIFEST
 
 
 def check_output(output: Path, *, force: bool) -> None:

@@ -12,6 +12,11 @@ Config = Mapping[str, Any]
 
 # What MetaEmbed's own configuration says when a config.json (a plain Qwen2.5-VL base) says nothing.
 QUERY_TOKENS, CANDIDATE_TOKENS, NO_PROJECTION = 16, 64, -1
+# Patch side, merge side, temporal patch, channels, window side in pixels: those of every Qwen2.5-VL, fixed in
+# runtime/layout.py and so in the shape of the vision graph.
+GRAPH_SIZES = (14, 2, 2, 3, 112)
+# No size reaches this, and a damaged config.json should not make us list a billion layers.
+LARGEST, MOST_LAYERS = 1e9, 1000
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class TextGeometry:
 
     def __post_init__(self) -> None:
         _check_positive("text", self)
+        _require(self.layers <= MOST_LAYERS, f"{self.layers} decoder layers are not plausible")
         _require(self.hidden % self.heads == 0, f"hidden_size {self.hidden} is not a multiple of {self.heads} heads")
         _require(self.heads % self.kv_heads == 0, f"{self.heads} heads cannot share {self.kv_heads} key/value heads")
         _require(
@@ -47,7 +53,7 @@ class TextGeometry:
         _refuse_other_variants(config)
         heads = _int(config, "num_attention_heads", 64)
         # transformers 5 writes rope_parameters; the hub's files have rope_scaling and rope_theta.
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope = _section(config, "rope_scaling", "rope_parameters")
         return cls(
             hidden=_int(config, "hidden_size", 8192),
             layers=_int(config, "num_hidden_layers", 80),
@@ -70,22 +76,19 @@ class VisionGeometry:
     heads: int
     intermediate: int
     out_hidden: int
-    window: int
     full_attention_blocks: tuple[int, ...]
     patch: int = 14
     merge: int = 2
     temporal: int = 2
     in_channels: int = 3
+    window: int = 112
 
     def __post_init__(self) -> None:
         _check_positive("vision", self)
-        sizes = (self.patch, self.merge, self.temporal, self.in_channels)
-        _require(
-            sizes == (14, 2, 2, 3),
-            f"patch, merge, temporal and channel sizes {sizes} are not Qwen2.5-VL's (14, 2, 2, 3)",
-        )
+        _require(self.depth <= MOST_LAYERS, f"{self.depth} vision blocks are not plausible")
+        sizes = (self.patch, self.merge, self.temporal, self.in_channels, self.window)
+        _require(sizes == GRAPH_SIZES, f"patch, merge, temporal, channels, window are {sizes}, not {GRAPH_SIZES}")
         _require(self.hidden % (4 * self.heads) == 0, f"{self.heads} vision heads do not fit hidden size {self.hidden}")
-        _require(self.window % (self.patch * self.merge) == 0, f"window_size {self.window} is not a multiple of 28 px")
         _require(
             all(0 <= block < self.depth for block in self.full_attention_blocks),
             f"fullatt_block_indexes {list(self.full_attention_blocks)} leave the {self.depth} vision blocks",
@@ -109,7 +112,7 @@ class VisionGeometry:
     def from_config(cls, config: Config) -> VisionGeometry:
         """Read a ``vision_config``. Defaults: transformers' Qwen2_5_VLVisionConfig."""
         _require_value(config, "hidden_act", "silu")
-        _require_value(config.get("rope_parameters") or {}, "rope_theta", 10000.0)
+        _require_value(_section(config, "rope_parameters"), "rope_theta", 10000.0)
         return cls(
             hidden=_int(config, "hidden_size", 3584),
             depth=_int(config, "depth", 32),
@@ -168,8 +171,8 @@ class Geometry:
         _refuse_other_modes(config)
         dim = _int(config, "dim", NO_PROJECTION)
         return cls(
-            text=TextGeometry.from_config(config.get("text_config") or config),
-            vision=VisionGeometry.from_config(config.get("vision_config") or {}),
+            text=TextGeometry.from_config(_section(config, "text_config") or config),
+            vision=VisionGeometry.from_config(_section(config, "vision_config")),
             query_tokens=_int(config, "num_query_prompt_tokens", QUERY_TOKENS),
             candidate_tokens=_int(config, "num_doc_prompt_tokens", CANDIDATE_TOKENS),
             projection=None if dim == NO_PROJECTION else dim,
@@ -203,8 +206,8 @@ TOKEN_IDS = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
 def _refuse_other_modes(config: Config) -> None:
     if config.get("use_bidirectional_attention"):
         raise UsageError(
-            "this checkpoint attends bidirectionally (use_bidirectional_attention), so a smaller budget is not a prefix "
-            "of a larger one; only causal MetaEmbed checkpoints can be exported"
+            "this checkpoint attends bidirectionally (use_bidirectional_attention), so a smaller budget is not a prefix"
+            " of a larger one; only causal MetaEmbed checkpoints can be exported"
         )
     if config.get("shared_query_doc_prompt"):
         raise UsageError(
@@ -217,15 +220,13 @@ def _refuse_other_modes(config: Config) -> None:
 
 def _refuse_other_variants(config: Config) -> None:
     _require_value(config, "hidden_act", "silu")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = _section(config, "rope_scaling", "rope_parameters")
     kind = rope.get("rope_type", rope.get("type", "default"))
     _require(kind in ("default", "mrope"), f"rotary embeddings of type {kind!r} are not supported, only 'default'")
     _require(not config.get("use_sliding_window"), "sliding-window attention (use_sliding_window) is not supported")
     head_dim = config.get("head_dim")
     implied = _int(config, "hidden_size", 8192) // max(1, _int(config, "num_attention_heads", 64))
-    _require(
-        head_dim in (None, implied), f"head_dim {head_dim} differs from hidden_size / heads, which Qwen2.5-VL uses"
-    )
+    _require(head_dim in (None, implied), f"head_dim {head_dim} is not hidden_size / heads ({implied})")
 
 
 def _mrope_section(rope: Config) -> tuple[int, int, int]:
@@ -250,7 +251,15 @@ def _check_positive(part: str, record: Any) -> None:
     for field in fields(record):
         value = getattr(record, field.name)
         if isinstance(value, (int, float)):
-            _require(value > 0, f"{field.name} of the {part} part is {value}, and must be positive")
+            _require(0 < value < LARGEST, f"{field.name} of the {part} part is {value}, not in (0, {LARGEST:g})")
+
+
+def _section(config: Config, *keys: str) -> Config:
+    """The first of these nested objects that is there, or an empty one."""
+    section: Any = next((config[key] for key in keys if config.get(key)), {})
+    if not isinstance(section, Mapping):
+        raise UsageError(f"config.json: {' or '.join(keys)} should be an object, not {section!r}")
+    return section
 
 
 def _int(config: Config, key: str, default: int) -> int:

@@ -1,0 +1,122 @@
+"""MaxSim, the late-interaction score: for every query vector the best candidate vector, summed.
+
+s(q, c) = sum_i max_j <q_i, c_j>        (MetaEmbed, arXiv 2509.18095, section 3.1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from .budget import Budget
+from .errors import UsageError
+from .int8 import Int8Vectors, dequantize_int8
+
+Floats: TypeAlias = NDArray[np.float32]
+Vectors: TypeAlias = "NDArray[Any] | Int8Vectors"
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT_TYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16, np.dtype(np.float64))
+# Floats in one tile of converted candidates, and in one tile of similarities: 4 MiB each, whatever the number of items.
+TILE_FLOATS = 1 << 20
+
+
+def maxsim(queries: NDArray[Any], candidates: Vectors, budget: Budget | None = None) -> Floats:
+    """Score every query against every candidate, accumulating in float32.
+
+    Args:
+        queries: (q, r_q, d), or (r_q, d) for one query; float32, float16, bfloat16 or float64.
+        candidates: (n, r_c, d) of the same types, or Int8Vectors. Need not be contiguous.
+        budget: use the first r_q and r_c vectors only; all of them by default.
+
+    Returns:
+        (q, n) float32, higher is better.
+
+    Raises:
+        UsageError: shapes or types that do not fit, a budget beyond the vectors given, or a similarity that is NaN
+            or infinite (named by the first such candidate).
+    """
+    queries, candidates = prepare(queries, candidates, budget)
+    return maxsim_reference(queries, candidates)
+
+
+def maxsim_reference(queries: Floats, candidates: Vectors) -> Floats:
+    """MaxSim in plain numpy, one tile of candidates at a time. It judges every faster path.
+
+    Args:
+        queries: (q, r_q, d) float32.
+        candidates: (n, r_c, d), any type that `maxsim` takes.
+    """
+    scores = np.empty((len(queries), candidates.shape[0]), np.float32)
+    for items in _tiles(candidates.shape[0], candidates.shape[1] * candidates.shape[2]):
+        tile = as_float32(candidates, items)  # (n, r_c, d)
+        for some in _tiles(len(queries), queries.shape[1] * tile.shape[0] * tile.shape[1]):
+            scores[some, items] = _score_tile(queries[some], tile, items.start)
+    return scores
+
+
+def prepare(queries: NDArray[Any], candidates: Vectors, budget: Budget | None) -> tuple[Floats, Vectors]:
+    """Check both sides, cut them to the budget, and bring the queries to float32 (q, r_q, d)."""
+    queries = _checked(queries, "queries")
+    if queries.ndim == 2:
+        queries = queries[None]
+    candidates = candidates if isinstance(candidates, Int8Vectors) else _checked(candidates, "candidates")
+    for vectors, side in ((queries, "queries"), (candidates, "candidates")):
+        if len(vectors.shape) != 3 or 0 in vectors.shape[1:]:
+            raise UsageError(
+                f"{side} have shape {vectors.shape}; (items, vectors, dims) is needed, with at least one vector"
+            )
+    if queries.shape[2] != candidates.shape[2]:
+        raise UsageError(
+            f"queries have {queries.shape[2]} dims and candidates {candidates.shape[2]}; both need the same"
+        )
+    if budget is not None:
+        budget.check_within(queries.shape[1], candidates.shape[1])
+        queries, candidates = queries[:, : budget.query], prefix(candidates, budget.candidate)
+    return np.ascontiguousarray(queries, np.float32), candidates
+
+
+def prefix(candidates: Vectors, vectors: int) -> Vectors:
+    """The first `vectors` vectors of every item, without a copy."""
+    return candidates.prefix(vectors) if isinstance(candidates, Int8Vectors) else candidates[:, :vectors]
+
+
+def as_float32(candidates: Vectors, items: slice) -> Floats:
+    """A copy of some items as contiguous float32 (n, r, d)."""
+    if isinstance(candidates, Int8Vectors):
+        return dequantize_int8(Int8Vectors(candidates.codes[items], candidates.scales[items]))
+    return np.ascontiguousarray(candidates[items], np.float32)
+
+
+def _checked(vectors: NDArray[Any], side: str) -> NDArray[Any]:
+    vectors = np.asarray(vectors)
+    if vectors.dtype not in FLOAT_TYPES:
+        names = ", ".join(str(known) for known in FLOAT_TYPES)
+        raise UsageError(f"{side} are {vectors.dtype}; MaxSim takes {names}, or Int8Vectors")
+    return vectors
+
+
+def _tiles(items: int, floats_per_item: int) -> Iterator[slice]:
+    step = max(1, TILE_FLOATS // floats_per_item)
+    return (slice(start, min(start + step, items)) for start in range(0, items, step))
+
+
+def _score_tile(queries: Floats, tile: Floats, first_item: int) -> Floats:
+    (q, r_q, d), (n, r_c, _) = queries.shape, tile.shape
+    # Candidates in rows: the maximum then runs over an outer axis, which numpy vectorises (the inner one it does not).
+    with np.errstate(invalid="ignore", over="ignore"):
+        dots = (tile.reshape(n * r_c, d) @ queries.reshape(q * r_q, d).T).reshape(n, r_c, q * r_q)
+    finite = np.isfinite(dots).all(axis=(1, 2))
+    if not finite.all():
+        raise not_finite(first_item + int(np.argmin(finite)))
+    scores: Floats = dots.max(axis=1).reshape(n, q, r_q).sum(axis=2).T  # (q, n)
+    return scores
+
+
+def not_finite(item: int) -> UsageError:
+    """The refusal that every path gives to NaN and infinity."""
+    return UsageError(f"candidate {item} has a similarity that is NaN or infinite; check the embeddings of both sides")

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from metaembed.runtime.budget import TRAINED_GROUPS
 from torch import Tensor
+
+from metaembed.runtime.budget import TRAINED_GROUPS
 
 from .metrics import mean_reciprocal_rank, ndcg, recall
 from .scenes import FIXED_SIDE, Scene

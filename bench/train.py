@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from metaembed.runtime.errors import UsageError
 
 from .demo_model import CANDIDATE_TOKENS, QUERY_TOKENS, write_checkpoint

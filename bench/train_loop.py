@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from metaembed.runtime.command import progress
 from torch import Tensor, nn
+
+from metaembed.runtime.command import progress
 
 SAVE_EVERY = 100  # steps
 LOG_EVERY = 25  # steps

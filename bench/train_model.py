@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
+
 from metaembed.export.encoder import LanguageEncoder, VisionEncoder
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.layout import LanguageInputs
-from torch import Tensor, nn
 
 from .demo_model import HIDDEN, build_config
 from .scenes import Scene

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from metaembed.runtime.layout import window_slots
 from torch import Tensor
 from torch.nn import functional as F
+
+from metaembed.runtime.layout import window_slots
 
 from .demo_tokenizer import build_tokenizer
 from .scenes import COLOUR_WORDS, WORDS, Pair, Scene, allowed_pairs, sample_scene

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from metaembed.runtime.errors import UsageError
+
 MMR_STEPS = 1800
 
 
@@ -24,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def work(args: argparse.Namespace) -> None:
     from .train import parse_groups, prepare_process, train  # torch loads only when training is asked for
 
+    if args.steps < 1 or args.seed < 0 or (args.threads is not None and args.threads < 1):
+        raise UsageError("--steps and --threads must be at least 1, and --seed at least 0")
     prepare_process(args.threads)
     groups = parse_groups(args.groups)
     options = {"groups": groups, "steps": args.steps, "seed": args.seed, "resume": args.resume, "quiet": args.quiet}

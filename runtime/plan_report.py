@@ -12,34 +12,35 @@ from .plan_device import GIB, bound_times, build_bytes, fit_device
 def describe(plan: Plan) -> str:
     """The part of a plan that holds on any device."""
     geometry = plan.geometry
-    return "\n\n".join(
-        (
-            f"{plan.model}: {plan.parameters:,} parameters, {geometry.dim} dims, "
-            f"{geometry.query_tokens} query and {geometry.candidate_tokens} candidate Meta Tokens",
-            table(("weights", "GiB"), ((kind, gib(size)) for kind, size in plan.weight_bytes.items()))
-            + f"\nactivation, {plan.batch} x {plan.max_image_tokens} image tokens: about {gib(plan.activation_bytes)} GiB",
-            table(
-                ("encode one", "positions", "vision TFLOP", "language TFLOP", "total TFLOP"),
-                (
-                    (
-                        cost.name,
-                        str(cost.positions),
-                        *map(tera, (cost.flops.vision, cost.flops.language, cost.flops.total)),
-                    )
-                    for cost in plan.inputs
-                ),
-            ),
-            table(
-                (f"{plan.candidates:,} candidates", "GFLOP per query", "index GiB, bf16"),
-                ((str(cost.budget), f"{cost.scoring_flops / 1e9:.2f}", gib(cost.index_bytes)) for cost in plan.budgets),
-            ),
-            table(
-                ("image", "pixels", "tokens", "window padding"),
-                ((p.name, f"{p.width} x {p.height}", str(p.image_tokens), f"x{p.ratio:.2f}") for p in plan.padding),
-            )
-            + "\n",
-        )
+    title = (
+        f"{plan.model}: {plan.parameters:,} parameters, {geometry.dim} dims, "
+        f"{geometry.query_tokens} query and {geometry.candidate_tokens} candidate Meta Tokens"
     )
+    return "\n\n".join((title, _weights(plan), _inputs(plan), _budgets(plan), _padding(plan))) + "\n"
+
+
+def _weights(plan: Plan) -> str:
+    weights = table(("weights", "GiB"), ((kind, gib(size)) for kind, size in plan.weight_bytes.items()))
+    images = f"{plan.batch} x {plan.max_image_tokens} image tokens"
+    return f"{weights}\nactivation, {images}: about {gib(plan.activation_bytes)} GiB"
+
+
+def _inputs(plan: Plan) -> str:
+    rows = (
+        (cost.name, str(cost.positions), tera(cost.flops.vision), tera(cost.flops.language), tera(cost.flops.total))
+        for cost in plan.inputs
+    )
+    return table(("encode one", "positions", "vision TFLOP", "language TFLOP", "total TFLOP"), rows)
+
+
+def _budgets(plan: Plan) -> str:
+    rows = ((str(cost.budget), f"{cost.scoring_flops / 1e9:.2f}", gib(cost.index_bytes)) for cost in plan.budgets)
+    return table((f"{plan.candidates:,} candidates", "GFLOP per query", "index GiB, bf16"), rows)
+
+
+def _padding(plan: Plan) -> str:
+    rows = ((p.name, f"{p.width} x {p.height}", str(p.image_tokens), f"x{p.ratio:.2f}") for p in plan.padding)
+    return table(("image", "pixels", "tokens", "window padding"), rows)
 
 
 def describe_fits(plan: Plan, devices: Iterable[Device]) -> str:

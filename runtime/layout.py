@@ -59,15 +59,15 @@ def window_slots(grid: tuple[int, int]) -> Ints:
     down, across = np.indices((height, width)).reshape(2, -1)
     window = (down // WINDOW) * -(-width // WINDOW) + across // WINDOW
     real_width = np.minimum(WINDOW, width - across // WINDOW * WINDOW)  # windows at the right edge are narrower
-    slots: Ints = window * UNITS + down % WINDOW * real_width + across % WINDOW
-    return slots
+    return np.asarray(window * UNITS + down % WINDOW * real_width + across % WINDOW, np.int64)
 
 
 def patch_coordinates(grid: tuple[int, int]) -> Ints:
     """(row, column) of each patch in Qwen's order, the four patches of a merged unit in sequence: [p, 2]."""
     units = np.indices((grid[0] // MERGE, grid[1] // MERGE)).reshape(2, -1, 1)
     inside = np.indices((MERGE, MERGE)).reshape(2, 1, -1)
-    return (units * MERGE + inside).reshape(2, -1).T.astype(np.int64)
+    coordinates: Ints = (units * MERGE + inside).reshape(2, -1).T
+    return coordinates
 
 
 def lay_out_images(pixels: Sequence[NDArray[np.float32]], grids: Sequence[tuple[int, int]]) -> VisionInputs:

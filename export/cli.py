@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from metaembed.runtime.budget import parse_budgets
-from metaembed.runtime.command import Parser, progress, run_command
+from metaembed.runtime.command import Parser, byte_bar, progress, run_command
 from metaembed.runtime.manifest import Limits
 from metaembed.runtime.staging import check_output
 
@@ -91,7 +91,7 @@ class TerminalProgress:
 
     def advance(self, nbytes: int) -> None:
         if self._bar is None:
-            self._bar = progress(None, "weights", quiet=self.quiet, unit="B", unit_scale=True, unit_divisor=1024)
+            self._bar = byte_bar("weights", quiet=self.quiet)
         self._bar.update(nbytes)
 
     def track(self, items: Iterable[Any], what: str) -> Iterable[Any]:

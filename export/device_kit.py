@@ -12,8 +12,8 @@ from metaembed.runtime.manifest import MANIFEST, Bundle, FileRecord
 
 from .device_wheel import write_device_wheel
 from .preflight import Preflight, gib
-from .staging import staged_folder
-from .weights import place_file
+from metaembed.runtime.staging import staged_folder
+from metaembed.runtime.weights import place_file
 
 KIT_RECORD, RECIPE, REQUIREMENTS = "kit.json", "BUILD.md", "requirements.txt"
 

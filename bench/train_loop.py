@@ -28,7 +28,8 @@ Check = Callable[[], "dict[str, Any]"]
 class Stage:
     """One stage of the recipe: AdamW to ``peak_rate`` and down a half cosine to zero.
 
-    ``step(rng, number)`` returns a loss and numbers to log; ``check()`` is called every ``check_every`` steps and at the end.
+    ``step(rng, number)`` returns a loss and numbers to log; ``check()`` is called every ``check_every``
+    steps and at the end.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Stage 2: train Meta Tokens and decoder with the nested groups, the vision tower frozen.
 
-Its batches come from groups of scenes whose image embeddings are computed once: two groups in three share a theme of a few
-symbols, so that scenes differ in how symbols and colours pair up, and a query meets near misses.
+Its batches come from groups of scenes whose image embeddings are computed once: two groups in three share a theme of a
+few symbols, so that scenes differ in how symbols and colours pair up, and a query meets near misses.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def mmr_step(
         ]
     )
     prompts = [candidate_prompt(scene) for scene in group.scenes]
-    candidates = torch.cat([_read(model, prompts[:FIXED], group.fixed, s), _read(model, prompts[FIXED:], group.varied, s)])
+    candidates = torch.cat(
+        [_read(model, prompts[:FIXED], group.fixed, s), _read(model, prompts[FIXED:], group.varied, s)]
+    )
     return mmr_loss(queries, candidates, relevance([*texts, *group.page_queries], group.scenes), weights), {}
 
 

@@ -1,0 +1,41 @@
+# make demo | make test | make bench: each sets up .venv on first use and can be run again at any time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# CPU builds by default. Plain torch from PyPI brings gigabytes of CUDA; say TORCH=torch to want that.
+TORCH ?= torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+SOURCES := $(shell find runtime export calibration bench -type f -not -name '*.pyc' 2>/dev/null) $(wildcard setup.py)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/package
+	$(BIN)/metaembed-export --model demo --budget 8,16 -o demo-out/bundle -f
+	$(BIN)/metaembed-bench scenes -o demo-out/pages --split test --count 300 -f
+	$(BIN)/metaembed-search demo-out/bundle "a red umbrella" --images demo-out/pages/pages -k 5
+
+test: $(VENV)/package
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/package
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml -p metaembed.runtime
+
+bench: $(VENV)/package
+	$(BIN)/metaembed-bench --help
+
+# The real wheel, not an editable install: what is tested is what is shipped.
+$(VENV)/package: $(VENV)/dependencies $(SOURCES)
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --force-reinstall .
+	touch $@
+
+$(VENV)/dependencies: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)" || $(BIN)/pip install --quiet --extra-index-url $(TORCH_INDEX) "$(TORCH)" || $(BIN)/pip install --quiet torch
+	$(BIN)/pip install --quiet ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo-out *.egg-info

@@ -1,0 +1,143 @@
+"""Replay a bundle's golden vectors on this machine and compare: the gate of the export, and of every device after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .budget import Budget
+from .encoder import Encoder
+from .errors import BundleError, ParityError
+from .golden import SIDES, GoldenItem, golden_path, read_golden
+from .maxsim import maxsim
+from .parity import RANKS, TOLERANCES, ParityRecord, RankingRecord, Tolerance, compare, compare_rankings
+
+Golden = tuple[Sequence[GoldenItem], NDArray[np.float32]]
+KINDS = ("text", "image", "image + text")
+
+
+@dataclass(frozen=True)
+class Check:
+    """All comparisons of one replay: (side, r, kind of input) -> vectors, budget -> ranking. Truthy when all passed."""
+
+    runs_on: str
+    precision: str
+    vectors: Mapping[tuple[str, int, str], ParityRecord] = field(default_factory=dict)
+    rankings: Mapping[Budget, RankingRecord] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        records = [*self.vectors.values(), *self.rankings.values()]
+        return bool(self.vectors) and bool(self.rankings) and all(records)
+
+    def failures(self) -> list[str]:
+        """One line for each comparison that failed, the worst value and where it is."""
+        found = [f"{side} r={r}, {kind}: {record}" for (side, r, kind), record in self.vectors.items() if not record]
+        found += [
+            f"budget {budget}: top-{record.ranks} overlap {record.overlap:.3f} (tolerance: >= {record.tolerance.overlap})"
+            for budget, record in self.rankings.items()
+            if not record
+        ]
+        return found or ([] if self else ["nothing was compared"])
+
+    def require(self) -> None:
+        """Raise ParityError naming every failure."""
+        if not self:
+            raise ParityError(f"parity failed on {self.runs_on}: " + "; ".join(self.failures()))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "passed": bool(self),
+            "runs_on": self.runs_on,
+            "precision": self.precision,
+            "vectors": [
+                {"side": side, "r": r, "input": kind, **record.to_json()}
+                for (side, r, kind), record in self.vectors.items()
+            ],
+            "rankings": [
+                {"budget": [budget.query, budget.candidate], **record.to_json()}
+                for budget, record in self.rankings.items()
+            ],
+        }
+
+    def table(self) -> str:
+        """For people: one row per side, budget and kind of input, then the ranking per budget."""
+        rows = [f"{'side':<10} {'r':>3}  {'input':<13} {'vectors':>7}  {'worst cosine':>12}  {'max abs':>8}"]
+        for (side, r, kind), record in self.vectors.items():
+            mark = "" if record else "  FAILED"
+            rows.append(
+                f"{side:<10} {r:>3}  {kind:<13} {record.vectors:>7}  {record.min_cosine:>12.8f}  {record.max_abs:>8.1e}{mark}"
+            )
+        for budget, ranking in self.rankings.items():
+            mark = "" if ranking else "  FAILED"
+            rows.append(f"budget {budget!s:<8} top-{ranking.ranks} overlap {ranking.overlap:.3f}{mark}")
+        return "\n".join(rows)
+
+
+def check_bundle(encoder: Encoder, *, progress: Callable[[Any], Any] = iter) -> Check:
+    """Encode the golden inputs at every exported budget and compare them with the stored reference.
+
+    Every budget is encoded on its own, not sliced from a larger one: that the two agree is part of what is checked.
+
+    Raises:
+        BundleError: golden vectors are missing or damaged.
+    """
+    bundle = encoder.bundle
+    goldens = {side: _read(encoder, side) for side in SIDES}
+    kind = (bundle.manifest.quantization or {}).get("type", bundle.manifest.precision)
+    return replay(encoder, goldens, TOLERANCES[kind], kind, progress=progress)
+
+
+def _read(encoder: Encoder, side: str) -> Golden:
+    bundle = encoder.bundle
+    if bundle.unverified and golden_path(side) not in bundle.manifest.files:
+        raise BundleError(f"{bundle.folder} was exported without parity and has no golden vectors; export it again")
+    items, reference = read_golden(bundle.path(golden_path(side)))
+    least = (RANKS + 1, getattr(bundle.manifest.largest, side))
+    if reference.shape[0] < least[0] or reference.shape[1] < least[1] or reference.shape[2] != encoder.dim:
+        raise BundleError(
+            f"{golden_path(side)} holds embeddings {reference.shape}; at least {least} of {encoder.dim} dims are needed"
+        )
+    return items, reference
+
+
+def replay(
+    encoder: Encoder,
+    goldens: Mapping[str, Golden],
+    tolerance: Tolerance,
+    precision: str,
+    *,
+    progress: Callable[[Any], Any] = iter,
+) -> Check:
+    """Compare an encoder with references [n, 16 or 64, d] of both sides, at every budget that its bundle serves."""
+    encoded = {}
+    work = sorted({(side, getattr(budget, side)) for budget in encoder.budgets for side in SIDES})
+    for side, vectors in progress(work):
+        items, _ = goldens[side]
+        encode = encoder.encode_queries if side == "query" else encoder.encode_candidates
+        texts, images = [item.text for item in items], [item.image for item in items]
+        encoded[side, vectors] = encode(texts, images=images, budget=vectors)
+    records = {
+        (side, vectors, kind): compare(*_select(goldens[side], values, kind), tolerance)
+        for (side, vectors), values in encoded.items()
+        for kind in KINDS
+    }
+    rankings = {
+        budget: compare_rankings(
+            maxsim(goldens["query"][1][:, : budget.query], goldens["candidate"][1][:, : budget.candidate]),
+            maxsim(encoded["query", budget.query], encoded["candidate", budget.candidate]),
+            tolerance,
+        )
+        for budget in encoder.budgets
+    }
+    return Check(encoder.description, precision, records, rankings)
+
+
+def _select(golden: Golden, encoded: NDArray[np.float32], kind: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Reference and result of the items of one kind. A kind that is absent compares nothing, and so fails."""
+    items, reference = golden
+    chosen = [place for place, item in enumerate(items) if item.kind == kind]
+    return reference[chosen, : encoded.shape[1]], encoded[chosen]

@@ -1,0 +1,29 @@
+"""What runs a graph: a session takes named arrays and returns named arrays, whatever the engine behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class Session(Protocol):
+    """``run(feeds) -> outputs`` over ONNX Runtime or TensorRT. Outputs belong to the caller."""
+
+    @property
+    def description(self) -> str:
+        """What really runs the graph, for people: ``ONNX Runtime 1.20.1 (CPUExecutionProvider)``."""
+
+    @property
+    def inputs(self) -> Mapping[str, np.dtype[Any]]:
+        """Name and type of each input."""
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Run once; shapes may differ from call to call."""
+
+    def close(self) -> None:
+        """Free memory; the session cannot run again."""

@@ -1,0 +1,86 @@
+"""Sessions over ONNX Runtime."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from .errors import BundleError, UsageError
+from .session import Arrays
+
+log = logging.getLogger(__name__)
+NUMPY_TYPES = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(bool)": np.dtype(np.bool_),
+}
+
+
+class OrtSession:
+    """An ONNX graph in ONNX Runtime.
+
+    Args:
+        path: the graph; its external weights lie beside it.
+        providers: execution providers, best first; by default the CPU's.
+        threads: CPU threads; 0 lets ONNX Runtime choose (one per core).
+        lean: keep weights memory-mapped in their stored type and widen each when it is used, instead of folding the
+            casts into float32 copies: slower, but the whole model never has to fit in memory.
+
+    Raises:
+        BundleError: ONNX Runtime refuses the graph.
+        UsageError: none of the providers asked for could be had.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        threads: int = 0,
+        lean: bool = False,
+    ) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = not lean
+        disabled = ["ConstantFolding"] if lean else []
+        try:
+            self._session: Any = ort.InferenceSession(
+                str(path), options, providers=list(providers), disabled_optimizers=disabled
+            )
+        except Exception as error:  # ONNX Runtime raises several unrelated classes
+            raise BundleError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
+        self.providers: list[str] = self._session.get_providers()  # what was got, not what was asked
+        if self.providers[0] != providers[0]:
+            log.warning("asked for %s, ONNX Runtime runs on %s", providers[0], self.providers[0])
+        self._inputs = {value.name: NUMPY_TYPES[value.type] for value in self._session.get_inputs()}
+        self._outputs = [value.name for value in self._session.get_outputs()]
+
+    @property
+    def description(self) -> str:
+        return f"ONNX Runtime {ort.__version__} ({self.providers[0]})"
+
+    @property
+    def inputs(self) -> Mapping[str, np.dtype[Any]]:
+        return self._inputs
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        if self._session is None:
+            raise UsageError("this session is closed")
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

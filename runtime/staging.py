@@ -1,0 +1,107 @@
+"""A folder that exists whole or not at all: written as a hidden sibling, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from metaembed.runtime.errors import UsageError
+from metaembed.runtime.manifest import FORMAT, MANIFEST
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse an output that exists, before any work; ``force`` allows replacing a bundle or an empty folder.
+
+    Raises:
+        UsageError: the sentence says why and what to do.
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise UsageError(f"{output} exists and is not a folder; choose another output with -o")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not _is_bundle(output):
+        raise UsageError(f"{output} exists and is no bundle, so it is not replaced; choose another output with -o")
+    if not force:
+        raise UsageError(f"{output} exists; give -f to replace it, or another output with -o")
+
+
+@contextmanager
+def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
+    """Yield an empty folder beside ``output``; rename it to ``output`` on success, remove it on any failure."""
+    output = Path(os.path.abspath(output))
+    check_output(output, force=force)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(output)
+    check_output(output, force=force)  # a bundle may have been put back
+    staging = output.parent / f".{output.name}.partial-{os.getpid()}"
+    staging.mkdir()
+    try:
+        yield staging
+        _sync(staging)
+        _replace(staging, output, force=force)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _replace(staging: Path, output: Path, *, force: bool) -> None:
+    check_output(output, force=force)  # once more: the work may have taken minutes
+    old = output.parent / f".{output.name}.replaced-{os.getpid()}"
+    if output.exists():
+        output.rename(old)
+    try:
+        staging.rename(output)
+    except BaseException:
+        if old.exists() and not output.exists():
+            old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether we wrote it: other tools have a bundle.json too. A damaged bundle counts, a stranger's file does not."""
+    try:
+        return bool(json.loads((folder / MANIFEST).read_bytes())["format"] == FORMAT)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def _remove_abandoned(output: Path) -> None:
+    """What killed runs left: remove the unfinished, but put a bundle back that was moved aside and not yet replaced."""
+    pattern = re.compile(re.escape(f".{output.name}.") + r"(partial|replaced)-(\d{1,9})")
+    for sibling in list(output.parent.iterdir()):
+        match = pattern.fullmatch(sibling.name)
+        if match is None or _is_running(int(match[2])):
+            continue
+        if match[1] == "replaced" and not output.exists():
+            sibling.rename(output)
+        else:
+            shutil.rmtree(sibling, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    """Whether another process has this id. Our own is no other: in containers each run has the same."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Flush files and folders to disk, so that a rename never outlives its contents."""
+    for path in (folder, *folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -11,7 +11,9 @@ MMR_STEPS = 1800
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument(
-        "--groups", default="all", help="trained groups: all (MMR, default), or for example 16,64 (the twin without MMR)"
+        "--groups",
+        default="all",
+        help="trained groups: all (MMR, default), or for example 16,64 (the twin without MMR)",
     )
     parser.add_argument("--steps", type=int, default=MMR_STEPS, help="steps of stage 2 (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default: %(default)s)")
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    from .train import parse_groups, train, prepare_process  # torch loads only when training is asked for
+    from .train import parse_groups, prepare_process, train  # torch loads only when training is asked for
 
     prepare_process(args.threads)
     groups = parse_groups(args.groups)

@@ -71,11 +71,15 @@ def _restore(parts: list[Tensor], batches: list[list[int]]) -> Tensor:
 
 def score_split(queries: Tensor, candidates: Tensor, group: Group) -> np.ndarray:
     """(n, m) mean MaxSim at a budget, queries a few at a time."""
-    parts = (group_scores(similarities(part[:, : group[0]], candidates[:, : group[1]]), group) for part in queries.split(10))
+    parts = (
+        group_scores(similarities(part[:, : group[0]], candidates[:, : group[1]]), group) for part in queries.split(10)
+    )
     return torch.cat(list(parts)).numpy()
 
 
-def measure(split: Split, queries: Tensor, candidates: Tensor, groups: Sequence[Group] = TRAINED_GROUPS) -> list[dict[str, Any]]:
+def measure(
+    split: Split, queries: Tensor, candidates: Tensor, groups: Sequence[Group] = TRAINED_GROUPS
+) -> list[dict[str, Any]]:
     """One record for each budget and set of queries: nDCG@5, recall@1, recall@10 and MRR."""
     relevant = [split.relevant(query) for query in split.queries]
     return [

@@ -113,7 +113,9 @@ def place_items(rng: np.random.Generator, pairs: Sequence[Pair], width: int, hei
     for (symbol, colour), where in zip(pairs, rng.permutation(rows * columns), strict=False):
         row, column = divmod(int(where), columns)
         size = round(min(tall, wide) * rng.uniform(*SIZES))
-        left, top = (int(corner + rng.uniform(0, side - size)) for corner, side in ((column * wide, wide), (row * tall, tall)))
+        left, top = (
+            int(corner + rng.uniform(0, side - size)) for corner, side in ((column * wide, wide), (row * tall, tall))
+        )
         items.append(Item(symbol, colour, left, top, size))
     return Scene(width, height, int(rng.integers(228, 256)), tuple(items))
 

@@ -52,7 +52,11 @@ def _write_all(split: Split, folder: Path, quiet: bool) -> None:
 
 def _corpus_line(k: int, scene: Scene) -> dict[str, Any]:
     items = [
-        {"symbol": WORDS[item.symbol], "colour": COLOUR_WORDS[item.colour], "box": [item.left, item.top, item.size, item.size]}
+        {
+            "symbol": WORDS[item.symbol],
+            "colour": COLOUR_WORDS[item.colour],
+            "box": [item.left, item.top, item.size, item.size],
+        }
         for item in scene.items
     ]
     return {"_id": _page_id(k), "image": _page(k), "width": scene.width, "height": scene.height, "items": items}

@@ -36,9 +36,11 @@ def train(folder: Path, *, groups: Mapping[Group, float], steps: int, seed: int,
         resume: go on from the states in ``folder``; otherwise it must hold none.
     """
     if any(folder.glob("*.pt")) and not resume:
-        raise UsageError(f"{folder} already holds a training run; add --resume to go on with it, or name another folder")
+        raise UsageError(
+            f"{folder} already holds a training run; add --resume to go on with it, or name another folder"
+        )
     run, model = Run(folder, seed, quiet=quiet), DemoModel(seed)
-    words = Stage("words", WORD_STEPS, WORD_RATE, lambda rng, k: word_step(model, rng, k), lambda: {}, WORD_STEPS)
+    words = Stage("words", WORD_STEPS, WORD_RATE, lambda rng, k: word_step(model, rng, k), dict, WORD_STEPS)
     run.train(model, model.parameters(), words)
     model.vision.requires_grad_(False)
     pool, validation = ScenePool(model, seed), _Validation(model)
@@ -76,7 +78,9 @@ def parse_groups(text: str) -> dict[Group, float]:
             raise UsageError(f"group {part!r} is not of the form R_Q,R_C (two whole numbers, for example 16,64)")
         group = int(query), int(candidate)
         if not (1 <= group[0] <= QUERY_TOKENS and 1 <= group[1] <= CANDIDATE_TOKENS):
-            raise UsageError(f"group {part} leaves the demo model's 1..{QUERY_TOKENS},1..{CANDIDATE_TOKENS} Meta Tokens")
+            raise UsageError(
+                f"group {part} leaves the demo model's 1..{QUERY_TOKENS},1..{CANDIDATE_TOKENS} Meta Tokens"
+            )
         groups[group] = 1.0
     if not groups:
         raise UsageError("no group was given; name at least one, for example --groups 16,64")

@@ -11,8 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metaembed.runtime.layout import LanguageInputs, VisionInputs, candidate_meta_tokens, lay_out_images, lay_out_prompts
-from metaembed.runtime.layout import query_meta_tokens
+from metaembed.runtime.layout import (
+    LanguageInputs,
+    VisionInputs,
+    candidate_meta_tokens,
+    lay_out_images,
+    lay_out_prompts,
+    query_meta_tokens,
+)
 
 from .demo_model import CANDIDATE_TOKENS, IMAGE_MEAN, IMAGE_STD, QUERY_TOKENS, build_config
 from .demo_tokenizer import build_tokenizer
@@ -49,7 +55,9 @@ def scene_patches(scene: Scene) -> np.ndarray:
         page = page.resize((14 * columns, 14 * rows), Image.Resampling.BICUBIC)
     values = np.asarray(page, np.float32) * _SCALE + _OFFSET  # (height, width, channel)
     values = values.reshape(rows // 2, 2, 14, columns // 2, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    return np.repeat(values[:, :, :, :, :, None], 2, axis=5).reshape(rows * columns, -1)  # a still image: two equal frames
+    return np.repeat(values[:, :, :, :, :, None], 2, axis=5).reshape(
+        rows * columns, -1
+    )  # a still image: two equal frames
 
 
 _SCALE = (1 / 255 / np.array(IMAGE_STD)).astype(np.float32)

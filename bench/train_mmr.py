@@ -95,7 +95,9 @@ def mmr_step(
         ]
     )
     prompts = [candidate_prompt(scene) for scene in group.scenes]
-    candidates = torch.cat([_read(model, prompts[:FIXED], group.fixed, s), _read(model, prompts[FIXED:], group.varied, s)])
+    candidates = torch.cat(
+        [_read(model, prompts[:FIXED], group.fixed, s), _read(model, prompts[FIXED:], group.varied, s)]
+    )
     return mmr_loss(queries, candidates, relevance([*texts, *group.page_queries], group.scenes), weights), {}
 
 

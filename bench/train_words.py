@@ -102,7 +102,9 @@ def _pages(model: DemoModel, scenes: Sequence[Scene]) -> dict[str, tuple[Tensor,
 
 
 def _phrases(model: DemoModel, rng: np.random.Generator, pairs: Sequence[Pair]) -> dict[str, tuple[Tensor, np.ndarray]]:
-    queries = [text_query([pairs[k] for k in rng.integers(len(pairs), size=rng.integers(1, 4))]) for _ in range(PHRASES)]
+    queries = [
+        text_query([pairs[k] for k in rng.integers(len(pairs), size=rng.integers(1, 4))]) for _ in range(PHRASES)
+    ]
     inputs = lay_out_plain([query_prompt(query) for query in queries])
     labels = np.concatenate([noun_labels(ids) for ids in inputs.token_ids])
     return {"phrases": (model.read(inputs).flatten(0, 1), labels)}

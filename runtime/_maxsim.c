@@ -50,6 +50,7 @@ typedef struct {
     int64_t queries, vectors, dims;
     const Group *groups;
     int64_t group_count;
+    const int64_t *rows;  /* which row of the groups item i is, or NULL for row i */
     float *scores;        /* scores[query * score_stride + item]; NaN where a similarity is not finite */
     int64_t score_stride;
 } Task;

@@ -174,9 +174,9 @@ static void NAME(flat)(const Task *task, const Space *space, const Group *group,
     float scales[FLAT];
     const int64_t whole = task->dims / CHUNK, rest = task->dims % CHUNK;
     /* What follows is read next, unless the items are chosen ones. */
-    const int64_t ahead = task->rows && group->vectors < 2 * FLAT ? 0 : FLAT * task->dims * BYTES;
+    const int64_t ahead = task->chosen && group->vectors < 2 * FLAT ? 0 : FLAT * task->dims * BYTES;
     for (int c = 0; c < count; c++) {
-        const int64_t row = task->rows ? task->rows[item] : item;
+        const int64_t row = task->chosen ? task->chosen[item] : item;
         candidates[c] = (const char *)group->data + (row * group->item_stride + j * task->dims) * BYTES;
         scales[c] = STORAGE == INT8 ? group->scales[row * group->scale_stride + j] : 1.0f;
         items[c] = item - first_item;

@@ -22,6 +22,7 @@ from .int8 import Int8Vectors
 
 # As in _maxsim.c: dims in one step, and the rows up to which lanes are dims rather than query vectors.
 CHUNK, FEW = 32, 4
+INTERFACE = 1
 BLOCK_ITEMS = 96
 STORAGE = {np.dtype(ml_dtypes.bfloat16): 0, np.dtype(np.float32): 1, np.dtype(np.int8): 2}
 # Multiply-adds below which waking threads (about 50 us) costs more than it saves.
@@ -48,7 +49,7 @@ class _Task(ctypes.Structure):
         ("dims", ctypes.c_int64),
         ("groups", ctypes.POINTER(_Group)),
         ("group_count", ctypes.c_int64),
-        ("rows", ctypes.c_void_p),
+        ("chosen", ctypes.c_void_p),
         ("scores", ctypes.c_void_p),
         ("score_stride", ctypes.c_int64),
     )
@@ -61,6 +62,8 @@ def library() -> ctypes.CDLL | None:
         try:
             loaded = ctypes.CDLL(str(path))
         except OSError:  # built for another machine
+            continue
+        if getattr(loaded, "metaembed_interface", int)() != INTERFACE:  # left over from another version
             continue
         loaded.metaembed_maxsim.argtypes = (ctypes.c_int, ctypes.POINTER(_Task), ctypes.c_int64, ctypes.c_int64)
         if loaded.metaembed_vector_width():

@@ -179,11 +179,13 @@ def test_failed_parity_leaves_no_bundle(refused: Callable[..., str], cheap: pyte
     assert "parity failed" in refused(1, "--model", "demo", "--budget", "8,16")
 
 
+CODE = "import sys; from metaembed.export.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
 def test_a_file_size_limit_while_really_exporting(demo_folder: Path, output: Path):
     """The whole command in a process that may write 20 kB a file: less than any graph."""
     result = subprocess.run(
-        [sys.executable, "-c", "import sys; from metaembed.export.cli import main; sys.exit(main(sys.argv[1:]))"]
-        + ["--model", str(demo_folder), "--budget", "1,1", "--no-parity", "-o", str(output), "--quiet"],
+        [sys.executable, "-c", CODE, "--model", str(demo_folder), "--budget", "1,1", "--no-parity", "-o", str(output)],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
         capture_output=True,
         text=True,

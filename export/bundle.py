@@ -17,7 +17,7 @@ import onnx_ir as ir
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.check import Check, check_bundle
 from metaembed.runtime.encoder import Encoder
-from metaembed.runtime.errors import BundleError, UsageError
+from metaembed.runtime.errors import UsageError
 from metaembed.runtime.golden import SIDES, golden_path, write_golden
 from metaembed.runtime.images import ImageRules
 from metaembed.runtime.manifest import (
@@ -34,7 +34,7 @@ from metaembed.runtime.manifest import (
 from metaembed.runtime.processor import write_image_rules
 from metaembed.runtime.text import Template
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .golden import golden_items
 from .graph import WeightRef, attach_weights, check_operators, optimise, save_graph
 from .staging import staged_folder
@@ -158,11 +158,7 @@ def _image_rules(request: ExportRequest) -> ImageRules:
     path = request.folder / "preprocessor_config.json"
     if not path.is_file():
         raise UsageError(f"{request.folder} has no preprocessor_config.json; copy it from the base model")
-    try:
-        config: Any = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BundleError(f"{path} is not JSON ({error})") from None
-    return ImageRules.from_config(config, request.limits.image_tokens)
+    return ImageRules.from_config(read_json(path), request.limits.image_tokens)
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

@@ -70,13 +70,6 @@ def test_an_unknown_option_exits_with_2(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_whole_bundle_passes(demo_bundle: Path, capsys: pytest.CaptureFixture[str]):
-    assert main([str(demo_bundle), "--json"]) == 0
-    record = json.loads(capsys.readouterr().out)
-    assert record["passed"] is True
-    assert {tuple(row["budget"]) for row in record["rankings"]} == {(1, 1), (2, 4), (4, 8), (8, 16), (16, 64)}
-
-
 @pytest.fixture
 def quick(edit_manifest: Callable[[Callable[[dict], object]], Path]) -> Path:
     """The bundle at its smallest budget only, which is quick to replay."""
@@ -115,6 +108,19 @@ def test_a_tampered_golden_exits_with_1(
     captured = capsys.readouterr()
     assert ("OUT OF" in captured.out) == (code == 1)
     assert captured.err == ""
+
+
+def test_json_holds_the_whole_record(
+    quick: Path, replace_file: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    forge_goldens(quick, replace_file, tmp_path, lambda reference: None)
+    assert main([str(quick), "--json", "--quiet"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["passed"] is True
+    assert [row["budget"] for row in record["rankings"]] == [[1, 1]]
+    assert {(row["side"], row["input"]) for row in record["vectors"]} == {
+        (side, kind) for side in ("query", "candidate") for kind in ("text", "image", "image + text")
+    }
 
 
 def test_a_changed_golden_that_no_manifest_vouches_for_is_refused(bundle: Path, capsys: pytest.CaptureFixture[str]):

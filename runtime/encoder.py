@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
@@ -142,11 +142,12 @@ class Encoder:
     def _vectors(self, side: Side, budget: Budget | int | None) -> int:
         most: int = getattr(self.bundle.manifest.largest, side)
         asked = most if budget is None else getattr(budget, side) if isinstance(budget, Budget) else budget
-        if isinstance(asked, bool) or not isinstance(asked, Integral):  # numpy's integers are welcome
+        if isinstance(asked, bool) or not hasattr(asked, "__index__"):  # numpy's integers are welcome
             raise UsageError(f"a budget is a whole number of vectors or a Budget, not {asked!r}")
+        asked = operator.index(asked)
         if not 1 <= asked <= most:
             raise UsageError(f"a budget of {asked} {side} vectors is outside 1..{most}, which this bundle serves")
-        return int(asked)
+        return asked
 
     def _chunks(self, side: Side, pairs: Sequence[tuple[str | None, ImageSource | None]]) -> Iterator[list[_Item]]:
         chunk: list[_Item] = []

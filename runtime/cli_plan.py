@@ -1,0 +1,88 @@
+"""metaembed-plan: what a model needs and where it fits, before anything is downloaded, exported or bought."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from .budget import parse_budgets
+from .command import Parser, run_command
+from .devices import DEVICES, find_device
+from .errors import UsageError
+from .plan import find_geometry, make_plan
+from .plan_device import fit_device
+from .plan_report import describe, describe_fits, describe_limits
+
+EPILOG = """examples:
+  metaembed-plan --model 7b --candidates 1e8
+  metaembed-plan --model 3b --budget 8,16 --device orin-64gb
+
+Everything is arithmetic on the model's geometry; nothing is measured here. Limits on a device are the data sheet's
+peak rates: real engines reach a fraction of them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="metaembed-plan",
+        description="Parameters, memory, operations and index size of a model per budget, and the devices that fit.",
+        epilog=EPILOG,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="3b, 7b, 32b, a bundle, or a checkpoint folder (its weights are not needed)")
+    add(
+        "--candidates",
+        default="100000",
+        metavar="N",
+        help="candidates in the index, 1e8 style allowed (default: 100000)",
+    )
+    add(
+        "--budget",
+        action="append",
+        metavar="R_Q,R_C|all",
+        help="vectors per query and candidate; repeatable (default: all)",
+    )
+    add(
+        "--max-image-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="largest image, in visual tokens (default: 1024)",
+    )
+    add("--batch", type=int, default=1, metavar="B", help="largest images encoded at a time (default: 1)")
+    add("--device", metavar="NAME", help="one device, with its time limits (default: what fits on every known one)")
+    add("--json", action="store_true", help="print the whole plan as JSON")
+    parser.add_common()
+    return run_command(parser, run, argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    devices = [find_device(args.device)] if args.device else list(DEVICES)
+    geometry = find_geometry(args.model)
+    plan = make_plan(
+        args.model,
+        geometry,
+        parse_budgets(args.budget or ["all"], geometry.query_tokens, geometry.candidate_tokens),
+        parse_count(args.candidates),
+        max_image_tokens=args.max_image_tokens,
+        batch=args.batch,
+    )
+    if args.json:
+        print(
+            json.dumps(plan.to_json() | {"devices": [asdict(fit_device(plan, device)) for device in devices]}, indent=2)
+        )
+        return
+    print(describe(plan))
+    print(describe_limits(plan, devices[0]) if args.device else describe_fits(plan, devices))
+
+
+def parse_count(text: str) -> int:
+    """A whole number of at least one, ``100000`` or ``1e5``."""
+    try:
+        value = float(text)
+        if value != int(value) or not 1 <= value < 1e15:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise UsageError(f"--candidates {text!r} is not a whole number such as 100000 or 1e8") from None
+    return int(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
@@ -16,7 +16,7 @@ from PIL import Image
 
 from . import layout
 from .budget import Budget
-from .errors import UsageError
+from .errors import BundleError, UsageError
 from .images import ImageRules, load_image, patchify
 from .manifest import LANGUAGE, PROCESSOR, TOKENIZER, VISION, Bundle
 from .processor import read_image_rules
@@ -27,6 +27,8 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image"
 Floats: TypeAlias = NDArray[np.float32]
 
 DEFAULT_BATCH = 16
+VISION_INPUTS = {field.name for field in fields(layout.VisionInputs)}
+LANGUAGE_INPUTS = {field.name for field in fields(layout.LanguageInputs)} | {"image_embeddings"}
 CHUNK_ITEMS, CHUNK_BYTES = 512, 1 << 28  # inputs prepared at a time, so that a corpus never has to fit in memory
 # Attention scores of one batch in float32, the largest activation of either graph; a session holds about four of them.
 ACTIVATION_BYTES = 1 << 28
@@ -54,6 +56,9 @@ class Encoder:
     def __init__(self, bundle: Bundle, vision: Session, language: Session) -> None:
         self.bundle = bundle
         self._vision, self._language = vision, language
+        for name, session, inputs in ((VISION, vision, VISION_INPUTS), (LANGUAGE, language, LANGUAGE_INPUTS)):
+            if set(session.inputs) != inputs:
+                raise BundleError(f"{name} takes {', '.join(session.inputs)} instead of {', '.join(sorted(inputs))}")
         geometry = bundle.manifest.geometry
         self.dim = geometry.dim
         self.budgets = bundle.manifest.budgets

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from metaembed.runtime.errors import BundleError, UsageError
 
 from .checkpoint import METAEMBED_KEYS, Checkpoint, Refs, list_some, read_config, read_json, read_tensors
@@ -80,8 +81,9 @@ class Adapter:
                 halves.setdefault(match["module"], {})[match["side"]] = ref
             elif (name := canonical_name(raw)) is not None:
                 replacements[name] = ref
-        updates = {f"{canonical_name(raw)}.weight": _update(raw, pair, config) for raw, pair in halves.items()}
-        return cls(folder, _metaembed_keys(folder), updates, replacements)
+        updates = {canonical_name(f"{raw}.weight"): _update(raw, pair, config) for raw, pair in halves.items()}
+        used = {name: update for name, update in updates.items() if name is not None}
+        return cls(folder, _metaembed_keys(folder), used, replacements)
 
 
 def open_with_adapter(

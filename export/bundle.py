@@ -6,127 +6,177 @@ import importlib.metadata
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import onnx_ir as ir
 
 from metaembed.runtime.budget import Budget
-from metaembed.runtime.check import Check, check_bundle
-from metaembed.runtime.encoder import Encoder
-from metaembed.runtime.errors import BundleError, UsageError
-from metaembed.runtime.golden import SIDES, golden_path, write_golden
+from metaembed.runtime.check import Check
+from metaembed.runtime.errors import BundleError
 from metaembed.runtime.images import ImageRules
 from metaembed.runtime.manifest import (
     LANGUAGE,
     PROCESSOR,
     TOKENIZER,
     VISION,
-    Bundle,
     Limits,
     Manifest,
+    cpu_graph,
     write_manifest,
 )
 from metaembed.runtime.processor import write_image_rules
 from metaembed.runtime.staging import staged_folder
-from metaembed.runtime.text import Template
+from metaembed.runtime.text import Template, Tokenizer
 from metaembed.runtime.weights import place_file
 
 from .checkpoint import Checkpoint
-from .golden import golden_items
-from .graph import WeightRef, attach_weights, check_operators, optimise, save_graph
+from .graph import WeightRef, attach_weights, check_operators, save_graph, widen_for_cpu
+from .models import ResolvedModel
+from .source import Source, convert_weights, open_source
 from .trace import trace_language, trace_vision
 
 log = logging.getLogger(__name__)
 IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+NARROW = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
 TOOLS = ("metaembed-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
-Report = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """What to export. ``folder`` is the HF checkpoint folder, with its tokenizer and image processor."""
+    """What to export. ``random_seed`` replaces the model's weights by random ones of its geometry."""
 
-    model: str
-    folder: Path
+    model: ResolvedModel
     budgets: Sequence[Budget]
     limits: Limits = field(default_factory=Limits)
     precision: str = "fp32"
     parity: bool = True
+    random_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        geometry = self.model.geometry
+        for budget in self.budgets:
+            budget.check_within(geometry.query_tokens, geometry.candidate_tokens)
+
+
+class Progress(Protocol):
+    """Hears of the work; the command shows it."""
+
+    def stage(self, what: str) -> None:
+        """A new stage has begun."""
+
+    def advance(self, nbytes: int) -> None:
+        """Bytes of weights were written."""
+
+    def track(self, items: Iterable[Any], what: str) -> Iterable[Any]:
+        """Iterate over items that take a while each."""
+
+
+class Silence:
+    """Progress that nobody watches."""
+
+    def stage(self, what: str) -> None:
+        log.info("%s", what)
+
+    def advance(self, nbytes: int) -> None:
+        pass
+
+    def track(self, items: Iterable[Any], what: str) -> Iterable[Any]:
+        return items
 
 
 def export_bundle(
-    request: ExportRequest, output: Path, *, force: bool = False, report: Report = log.info
+    request: ExportRequest, output: Path, *, force: bool = False, progress: Progress | None = None
 ) -> Check | None:
     """Write a bundle; returns its parity check, or None when that was skipped.
 
-    ``report`` is told what is being done, a line at a time. The bundle gets its name only when everything, parity
-    included, has succeeded; otherwise nothing is left.
+    The bundle gets its name only when everything, parity included, has succeeded; otherwise nothing is left.
 
     Raises:
         UsageError, BundleError: the checkpoint cannot be exported.
         ParityError: the embeddings disagree with Hugging Face's model.
     """
-    checkpoint = Checkpoint.open(request.folder)
-    for budget in request.budgets:
-        budget.check_within(checkpoint.geometry.query_tokens, checkpoint.geometry.candidate_tokens)
-    rules = _image_rules(request)
+    progress = progress or Silence()
     with staged_folder(output, force=force) as folder:
-        report("placing weights")
-        refs = place_weights(checkpoint, folder)
-        for name, trace in ((VISION, trace_vision), (LANGUAGE, trace_language)):
-            report(f"tracing {name}")
-            model = trace(checkpoint.geometry, request.precision)
-            optimise(model)
-            attach_weights(model, refs)
-            check_operators(model)
-            save_graph(model, folder / name)
-        write_image_rules(rules, folder / PROCESSOR)
-        _copy_tokenizer(request.folder, folder)
-        manifest = _manifest(request, checkpoint)
+        work = folder / "work"
+        work.mkdir()
+        progress.stage("reading the checkpoint")
+        source = open_source(request.model, work / "model", random_seed=request.random_seed, advance=progress.advance)
+        checkpoint = convert_weights(source.checkpoint, request.precision, work / "converted", progress.advance)
+        _write_assets(request, source, folder)
+        progress.stage("placing weights")
+        refs = place_weights(checkpoint, folder, progress.advance)
+        write_graphs(request, checkpoint, refs, folder, progress.stage)
         check = None
         if request.parity:
-            report("encoding golden inputs with Hugging Face")
-            _write_goldens(request, folder)
-            report("comparing")
-            manifest = write_manifest(folder, manifest)
-            with Encoder(Bundle.open(folder, verify=False), *_sessions(folder)) as encoder:
-                check = check_bundle(encoder)
-            check.require()
-            manifest = replace(manifest, parity=check.to_json())
-        write_manifest(folder, manifest)
+            check = _judge(request, source, folder, progress)
+        shutil.rmtree(work)
+        progress.stage("hashing")
+        write_manifest(folder, _manifest(request, checkpoint, check))
     return check
 
 
-def place_weights(checkpoint: Checkpoint, folder: Path) -> Mapping[str, WeightRef]:
-    """Bring the checkpoint's files into ``weights/`` and say where each tensor then lies."""
+def place_weights(
+    checkpoint: Checkpoint, folder: Path, advance: Callable[[int], object] = lambda nbytes: None
+) -> Mapping[str, WeightRef]:
+    """Bring the checkpoint's files into ``weights/``, each once, and say where each tensor then lies."""
     (folder / "weights").mkdir()
     places: dict[Path, str] = {}
-    for source in checkpoint.files:
-        places[source] = (
-            f"weights/{source.name}" if source.suffix == ".safetensors" else f"weights/{source.name}.safetensors"
-        )
-        if list(places.values()).count(places[source]) > 1:
-            places[source] = f"weights/{len(places)}-{source.name}"
-        log.info("%s %s", place_file(source, folder / places[source]), source)
+    for number, source in enumerate(checkpoint.files):
+        name = f"{source.stem}.safetensors"  # a hub cache's blobs have no suffix
+        taken = f"weights/{name}" in places.values()
+        places[source] = f"weights/{number}-{name}" if taken else f"weights/{name}"
+        log.info("%s %s", place_file(source, folder / places[source], advance), source)
     return {
         name: WeightRef(places[ref.path], ref.offset, ref.nbytes, IR_DTYPES[ref.dtype], tuple(ref.shape))
         for name, ref in checkpoint.tensors.items()
     }
 
 
-def _manifest(request: ExportRequest, checkpoint: Checkpoint) -> Manifest:
+def write_graphs(
+    request: ExportRequest,
+    checkpoint: Checkpoint,
+    refs: Mapping[str, WeightRef],
+    folder: Path,
+    stage: Callable[[str], object],
+) -> None:
+    """Trace and save both graphs; beside a bf16 or fp16 one, its float32 twin for ONNX Runtime's CPU provider."""
+    for name, trace in ((VISION, trace_vision), (LANGUAGE, trace_language)):
+        stage(f"tracing {name}")
+        model = trace(checkpoint.geometry, request.precision)
+        attach_weights(model, refs)
+        check_operators(model)
+        save_graph(model, folder / name)
+        if request.precision in NARROW:
+            widen_for_cpu(model, NARROW[request.precision])
+            save_graph(model, folder / cpu_graph(name))
+
+
+def _judge(request: ExportRequest, source: Source, folder: Path, progress: Progress) -> Check:
+    from .parity import check_export, write_goldens  # transformers takes seconds to import
+    from .reference import Reference
+
+    progress.stage("encoding golden inputs with Hugging Face's model")
+    reference = Reference(source, request.limits.image_tokens)
+    write_goldens(reference, folder, request.budgets, request.limits, progress.track)
+    del reference  # before the bundle's own sessions take their memory
+    write_manifest(folder, _manifest(request, source.checkpoint, None), skip=("work", "weights"))
+    progress.stage("comparing")
+    return check_export(folder)
+
+
+def _manifest(request: ExportRequest, checkpoint: Checkpoint, check: Check | None) -> Manifest:
     return Manifest(
-        model=request.model,
+        model=request.model.name,
         geometry=checkpoint.geometry,
         budgets=tuple(request.budgets),
         limits=request.limits,
         precision=request.precision,
         template=Template().to_json(),
         files={},
+        parity=None if check is None else check.to_json(),
         tools=_tool_versions(),
     )
 
@@ -141,41 +191,13 @@ def _tool_versions() -> dict[str, str]:
     return found
 
 
-def _image_rules(request: ExportRequest) -> ImageRules:
-    path = request.folder / "preprocessor_config.json"
-    if not path.is_file():
-        raise UsageError(f"{request.folder} has no preprocessor_config.json; copy it from the base model")
+def _write_assets(request: ExportRequest, source: Source, folder: Path) -> None:
+    """Tokenizer and image rules, read back at once: a damaged one should not be found after minutes of tracing."""
+    shutil.copyfile(source.asset(TOKENIZER), folder / TOKENIZER)
+    Tokenizer(folder / TOKENIZER, Template())
+    path = source.asset("preprocessor_config.json")
     try:
         config: Any = json.loads(path.read_bytes())
     except ValueError as error:
         raise BundleError(f"{path} is not JSON ({error})") from None
-    return ImageRules.from_config(config, request.limits.image_tokens)
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    path = source / TOKENIZER
-    if not path.is_file():
-        raise UsageError(f"{source} has no tokenizer.json; copy it from the base model")
-    shutil.copyfile(path, folder / TOKENIZER)
-
-
-def _write_goldens(request: ExportRequest, folder: Path) -> None:
-    from .reference import Reference
-
-    reference = Reference(request.folder, request.limits.image_tokens)
-    for side in SIDES:
-        items = [
-            item
-            for item in golden_items(side, request.limits.image_tokens)
-            if item.text is None or len(reference.tokenizer(item.text)["input_ids"]) <= request.limits.text_tokens
-        ]
-        # One by one: a mixed batch of the largest and the smallest would be mostly padding.
-        embeddings = [reference.encode(side, [item]) for item in items]
-        most = max(getattr(budget, side) for budget in request.budgets)
-        write_golden(folder / golden_path(side), items, np.concatenate(embeddings)[:, :most])
-
-
-def _sessions(folder: Path) -> list[Any]:
-    from metaembed.runtime.session_ort import OrtSession
-
-    return [OrtSession(folder / name) for name in (VISION, LANGUAGE)]
+    write_image_rules(ImageRules.from_config(config, request.limits.image_tokens), folder / PROCESSOR)

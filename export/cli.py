@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from metaembed.runtime.budget import parse_budgets
-from metaembed.runtime.command import Parser, run_command
+from metaembed.runtime.command import Parser, progress, run_command
 from metaembed.runtime.manifest import Limits
+from metaembed.runtime.staging import check_output
 
+DESCRIPTION = """Export a MetaEmbed checkpoint to a bundle: ONNX graphs, one set of weights, tokenizer and golden vectors.
+The bundle is judged against Hugging Face's model before it gets its name."""
 EPILOG = """examples:
   metaembed-export --model demo --budget 8,16 -o out
-  metaembed-export --model ./my-checkpoint --budget all -o out -f
+  metaembed-export --model 7b --base ./Qwen2.5-VL-7B --adapter ./my-metaembed --budget all --precision bf16 -o out
+  metaembed-export --model 7b --random-weights 0 --budget 8,16 --no-parity -o rehearsal
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="metaembed-export", description="Export a MetaEmbed checkpoint to a bundle: ONNX graphs, one set "
-                    "of weights, tokenizer and golden vectors, judged against Hugging Face before it gets its name.", epilog=EPILOG)  # fmt: skip
+    parser = Parser(prog="metaembed-export", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
-    add("--model", required=True, help="demo, or a checkpoint folder")
-    add("--budget", action="append", required=True, metavar="R_Q,R_C|all", help="vectors per query and candidate; repeatable; "
-        "'all' stands for 1,1 2,4 4,8 8,16 16,64")  # fmt: skip
+    add("--model", required=True, help="demo, 3b, 7b, 32b, a folder, or a hub id in the local cache")
+    add("--budget", action="append", required=True, metavar="R_Q,R_C|all",
+        help="vectors per query and candidate; repeatable; 'all' stands for 1,1 2,4 4,8 8,16 16,64")  # fmt: skip
     add("-o", "--output", type=Path, help="the bundle's folder (default: MODEL-bundle)")
     add("-f", "--force", action="store_true", help="replace an existing bundle")
-    add(
-        "--precision",
-        choices=("fp32", "bf16", "fp16"),
-        default="fp32",
-        help="type the graphs compute in (default: fp32)",
-    )
+    add("--base", metavar="FOLDER", help="weights of the base model, for a known size or an adapter")
+    add("--adapter", metavar="FOLDER", help="a PEFT LoRA adapter to merge")
+    add("--random-weights", type=int, metavar="SEED", help="made-up weights of the model's geometry, for a rehearsal")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="type to compute in (default: fp32)")
     add(
         "--max-image-tokens",
         type=int,
@@ -40,37 +42,63 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="largest image, in visual tokens (default: 1024)",
     )
     add("--max-text-tokens", type=int, default=512, metavar="N", help="longer user text is cut (default: 512)")
-    add(
-        "--no-parity",
-        action="store_true",
-        help="skip the comparison with Hugging Face; the bundle is marked unverified",
-    )
+    add("--no-parity", action="store_true", help="skip the comparison with Hugging Face; the bundle says 'unverified'")
     parser.add_common()
     return run_command(parser, run, argv)
 
 
 def run(args: argparse.Namespace) -> int:
-    from .bundle import ExportRequest, export_bundle
-    from .checkpoint import Checkpoint
+    from .models import resolve_model
 
-    folder = Path(__file__).parent / "demo" if args.model == "demo" else Path(args.model)
-    geometry = Checkpoint.open(folder).geometry
+    model = resolve_model(args.model, base=args.base, adapter=args.adapter)
+    geometry = model.geometry
+    budgets = parse_budgets(args.budget, geometry.query_tokens, geometry.candidate_tokens)
+    limits = Limits(args.max_image_tokens, args.max_text_tokens)
+    output = args.output or Path(f"{Path(model.name).name}-bundle")
+    check_output(output, force=args.force)
+    if args.random_weights is None:
+        model.require_base()
+
+    from .bundle import ExportRequest, export_bundle  # torch, once the request is known to make sense
+
     request = ExportRequest(
-        model=args.model,
-        folder=folder,
-        budgets=parse_budgets(args.budget, geometry.query_tokens, geometry.candidate_tokens),
-        limits=Limits(args.max_image_tokens, args.max_text_tokens),
+        model=model,
+        budgets=budgets,
+        limits=limits,
         precision=args.precision,
         parity=not args.no_parity,
+        random_seed=args.random_weights,
     )
-    output = args.output or Path(f"{folder.resolve().name}-bundle")
-    check = export_bundle(request, output, force=args.force, report=lambda line: _report(line, args.quiet))
+    check = export_bundle(request, output, force=args.force, progress=TerminalProgress(quiet=args.quiet))
     if check is not None and not args.quiet:
         print(check.table())
-    print(f"{output}: {len(request.budgets)} budget(s), {'parity passed' if check else 'UNVERIFIED (parity skipped)'}")
+    served = " ".join(map(str, budgets))
+    print(f"{output}: budgets {served}; {'parity passed' if check else 'unverified (parity was skipped)'}")
     return 0
 
 
-def _report(line: str, quiet: bool) -> None:
-    if not quiet:
-        print(f"{line} ...", file=sys.stderr)
+class TerminalProgress:
+    """Stages as lines, weights and golden inputs as bars; all on stderr, bars on a terminal only."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self._bar: Any = None
+
+    def stage(self, what: str) -> None:
+        self._close()
+        if not self.quiet:
+            print(f"{what} ...", file=sys.stderr)
+
+    def advance(self, nbytes: int) -> None:
+        if self._bar is None:
+            self._bar = progress(None, "weights", quiet=self.quiet, unit="B", unit_scale=True, unit_divisor=1024)
+        self._bar.update(nbytes)
+
+    def track(self, items: Iterable[Any], what: str) -> Iterable[Any]:
+        self._close()
+        return progress(items, what, quiet=self.quiet)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from metaembed.runtime.geometry import Geometry, TextGeometry, VisionGeometry
-from metaembed.runtime.layout import PATCHES
 
+FP16_SCALE = 2.0**-6
 VISION_ROPE_THETA = 10000.0  # fixed in Qwen2.5-VL
 MASKED = -3.0e4  # finite, so that padding never makes NaN (-inf * 0); within fp16; exp(MASKED) is 0 in float32
 
@@ -48,7 +48,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467), computed in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467): float32 in, the compute type (the weight's) out."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -56,12 +56,16 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x.dtype)
+        scale = torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps)
+        return (x * scale * self.weight.float()).to(self.weight.dtype)
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
+    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202): compute type in, float32 out.
+
+    In float16 the product is carried at 1/64 of its size: Qwen2.5-VL's reaches beyond 65504 there, most of all in the
+    vision tower (github.com/ggml-org/llama.cpp/pull/17534). A power of two costs no precision.
+    """
 
     def __init__(self, size: int, inner: int, *, bias: bool) -> None:
         super().__init__()
@@ -70,32 +74,38 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
-        return self.down_proj(gate * gate.sigmoid() * self.up_proj(x))
+        gate, down = self.gate_proj(x).float(), self.down_proj
+        product = gate * gate.sigmoid() * self.up_proj(x).float()
+        scale = FP16_SCALE if down.weight.dtype == torch.float16 else 1.0
+        y = nn.functional.linear((product * scale).to(down.weight.dtype), down.weight).float() / scale
+        return y if down.bias is None else y + down.bias.float()
 
 
 class VisionAttention(nn.Module):
-    def __init__(self, size: int, heads: int) -> None:
+    """Attention inside windows of 64 patches or, in a few blocks, over all windows of an image."""
+
+    def __init__(self, g: VisionGeometry, *, whole_image: bool) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(size, 3 * size)
-        self.proj = nn.Linear(size, size)
+        self.heads = g.heads
+        self.joined = (1, 2) if whole_image else (0, 1)  # (i, w, 64): which axes share a sequence or a batch
+        self.qkv = nn.Linear(g.hidden, 3 * g.hidden)
+        self.proj = nn.Linear(g.hidden, g.hidden)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (b, t, 3, h, e)
+        qkv = self.qkv(x).flatten(*self.joined).unflatten(-1, (3, self.heads, -1))  # (b, t, 3, h, e)
         q, k = rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin)
-        return self.proj(attend(q, k, qkv[:, :, 2], bias))
+        return self.proj(attend(q, k, qkv[:, :, 2], bias).reshape(x.shape)).float()
 
 
 class VisionBlock(nn.Module):
-    def __init__(self, g: VisionGeometry) -> None:
+    def __init__(self, g: VisionGeometry, *, whole_image: bool) -> None:
         super().__init__()
         self.norm1 = RMSNorm(g.hidden, 1e-6)
         self.norm2 = RMSNorm(g.hidden, 1e-6)
-        self.attn = VisionAttention(g.hidden, g.heads)
+        self.attn = VisionAttention(g, whole_image=whole_image)
         self.mlp = GatedMLP(g.hidden, g.intermediate, bias=True)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:  # (i, w, 64, c) -> the same
         x = x + self.attn(self.norm1(x), cos, sin, bias)
         return x + self.mlp(self.norm2(x))
 
@@ -130,22 +140,20 @@ class PatchMerger(nn.Module):
 class VisionTower(nn.Module):
     def __init__(self, g: VisionGeometry) -> None:
         super().__init__()
-        self.full_attention = frozenset(g.full_attention_blocks)
+        self.whole_image = [index in g.full_attention_blocks for index in range(g.depth)]
         self.patch_embed = PatchEmbed(g)
-        self.blocks = nn.ModuleList(VisionBlock(g) for _ in range(g.depth))
+        self.blocks = nn.ModuleList(VisionBlock(g, whole_image=whole) for whole in self.whole_image)
         self.merger = PatchMerger(g)
 
     def forward(self, patches: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-        x = self.patch_embed(patches)  # (i, w, 64, c)
-        images, width = patches.shape[0], x.shape[-1]
-        layouts = {  # (leading shape of x, cos, sin, bias) for attention inside windows and over the whole image
-            False: ((-1, PATCHES), cos.flatten(0, 1), sin.flatten(0, 1), bias.reshape(-1, 1, 1, PATCHES)),
-            True: ((images, -1), cos.flatten(1, 2), sin.flatten(1, 2), bias.reshape(images, 1, 1, -1)),
+        x = self.patch_embed(patches).float()  # (i, w, 64, c); the residual stream is float32 in every precision
+        turns = {  # cos, sin and bias for attention inside windows and over the whole image
+            False: (cos.flatten(0, 1), sin.flatten(0, 1), bias.flatten(0, 1)[:, None, None]),
+            True: (cos.flatten(1, 2), sin.flatten(1, 2), bias.flatten(1, 2)[:, None, None]),
         }
-        for index, block in enumerate(self.blocks):
-            lead, *rest = layouts[index in self.full_attention]
-            x = block(x.reshape(*lead, width), *rest)
-        return self.merger(x.reshape(images, -1, PATCHES, width))
+        for whole, block in zip(self.whole_image, self.blocks, strict=True):
+            x = block(x, *turns[whole])
+        return self.merger(x)
 
 
 class VisionEncoder(nn.Module):
@@ -181,7 +189,7 @@ class Attention(nn.Module):
             project(source).unflatten(-1, (-1, self.head_size))
             for project, source in ((self.q_proj, asking), (self.k_proj, x), (self.v_proj, x))
         )
-        return self.o_proj(attend(rotate(q, asking_cos, asking_sin), rotate(k, cos, sin), v, bias))
+        return self.o_proj(attend(rotate(q, asking_cos, asking_sin), rotate(k, cos, sin), v, bias)).float()
 
 
 class DecoderLayer(nn.Module):
@@ -242,7 +250,7 @@ class LanguageEncoder(nn.Module):
         mask: Tensor,
         rows: Tensor,
     ) -> Tensor:
-        x = self.embed(token_ids, image_rows, image_embeddings)  # (b, t, d)
+        x = self.embed(token_ids, image_rows, image_embeddings).float()  # (b, t, d); a float32 residual stream
         cos, sin = rotation(positions.index_select(1, self.rope_axes).transpose(1, 2), self.text_inv_freq)
         order = torch.arange(token_ids.shape[1], device=token_ids.device)
         seen = (order.unsqueeze(0) <= order.unsqueeze(1)) & mask.unsqueeze(1)  # (t, t) & (b, 1, t) -> (b, t, t)

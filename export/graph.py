@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,12 +74,56 @@ def attach_weights(model: ir.Model, refs: Mapping[str, WeightRef]) -> None:
 
 
 def _cast_after(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
+    """Give every user of ``value`` a cast of it; rows of a table are gathered first, then cast."""
     users = tuple(value.uses())
+    gathers = [node for node, index in users if node.op_type == "Gather" and index == 0]
+    for node in gathers:
+        output = node.outputs[0]
+        output.dtype = value.dtype
+        _replace_users(graph, output, tuple(output.uses()), dtype, after=node)
+    others = tuple((node, index) for node, index in users if node not in gathers)
+    if others:
+        _replace_users(graph, value, others, dtype, after=None)
+
+
+def _replace_users(
+    graph: ir.Graph, value: ir.Value, users: Sequence[tuple[ir.Node, int]], dtype: ir.DataType, after: ir.Node | None
+) -> None:
     cast = ir.node("Cast", [value], {"to": dtype}, name=f"{value.name}/cast")
+    cast.outputs[0].name = f"{value.name}/{dtype.name.lower()}"
     cast.outputs[0].dtype, cast.outputs[0].shape = dtype, value.shape
     for node, index in users:
         node.replace_input_with(index, cast.outputs[0])
-    graph.insert_before(graph[0], cast)
+    if after is None:
+        graph.insert_before(graph[0], cast)
+    else:
+        graph.insert_after(after, cast)
+
+
+def widen_for_cpu(model: ir.Model, narrow: ir.DataType) -> None:
+    """Make a bf16 or fp16 graph, weights attached, compute in float32 from the same bytes, in place.
+
+    ONNX Runtime's CPU provider has no bf16 MatMul, Add, Softmax or Where. For the CPU only: in TensorRT the casts would
+    double the weights and hide the fused attention.
+    """
+    graph, wide = model.graph, ir.DataType.FLOAT
+    weights = {value for value in graph.initializers.values() if isinstance(value.const_value, ir.ExternalTensor)}
+    for value in (*graph.inputs, *(out for node in graph for out in node.outputs)):
+        if value.dtype == narrow:
+            value.dtype = wide
+    for node in graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == narrow:
+            node.attributes["to"] = ir.AttrInt64("to", wide)
+        if node.op_type == "Constant":
+            raise BundleError("a Constant node is left in the graph; constants must be initialisers")
+    for value in tuple(graph.initializers.values()):
+        if value.dtype != narrow:
+            continue
+        if value in weights:
+            _cast_after(graph, value, wide)
+        else:
+            value.const_value = ir.tensor(value.const_value.numpy().astype("float32"), name=value.name)
+            value.dtype = wide
 
 
 def check_operators(model: ir.Model, allowed: frozenset[str] = ALLOWED_OPERATORS) -> None:
@@ -92,5 +136,9 @@ def check_operators(model: ir.Model, allowed: frozenset[str] = ALLOWED_OPERATORS
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Write the graph; weights stay where they are."""
+    """Write the graph, without torch's metadata (stack traces, paths); weights stay where they are."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
     ir.save(model, path)

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.known_models import KNOWN, KnownModel

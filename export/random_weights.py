@@ -10,6 +10,7 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
+
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.tensors import expected_tensors

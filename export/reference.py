@@ -7,21 +7,20 @@ the left, as in the released code (github.com/facebookresearch/MetaEmbed: read, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as hf_logging
 
 from metaembed.runtime.golden import GoldenItem
+
+from .source import Source
 
 Floats = NDArray[np.float32]
 
@@ -30,31 +29,30 @@ class Reference:
     """HF's model in float32 on the CPU.
 
     Args:
-        folder: a HF checkpoint folder that also holds ``prompt_embed_tokens.weight``.
+        source: the checkpoint; HF reads the model from its folder.
         max_image_tokens: the export's limit, which the released code passes to the image processor as max_pixels.
     """
 
-    def __init__(self, folder: Path, max_image_tokens: int = 1024) -> None:
+    def __init__(self, source: Source, max_image_tokens: int = 1024) -> None:
         hf_logging.set_verbosity_error()  # it reports prompt_embed_tokens as an unexpected key
         hf_logging.disable_progress_bar()
-        self.model = Qwen2_5_VLModel.from_pretrained(folder, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.images = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        size = self.images.size
-        limits = {
-            "shortest_edge": size["shortest_edge"],
-            "longest_edge": min(size["longest_edge"], max_image_tokens * 784),
+        self.model = Qwen2_5_VLModel.from_pretrained(source.folder, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(source.asset("tokenizer.json").parent)
+        self.images = Qwen2VLImageProcessorPil.from_pretrained(source.asset("preprocessor_config.json").parent)
+        limit = min(self.images.size["longest_edge"], max_image_tokens * 28 * 28)
+        self.images.size = {"shortest_edge": self.images.size["shortest_edge"], "longest_edge": limit}
+        self.query_tokens = int(source.checkpoint.config.get("num_query_prompt_tokens", 16))
+        extra = {
+            name: torch.from_numpy(source.checkpoint.read(name).astype(np.float32))
+            for name in source.checkpoint.tensors
+            if not name.startswith(("visual.", "language_model."))
         }
-        self.images.size = limits
-        config = json.loads((folder / "config.json").read_text())
-        self.query_tokens = int(config.get("num_query_prompt_tokens", 16))
-        extra = _read_extra(folder)
-        self.meta = extra["prompt_embed_tokens.weight"].float()  # (80, d)
-        self.projection = [
-            extra[f"custom_text_proj.{kind}"].float()
-            for kind in ("weight", "bias")
-            if extra.get(f"custom_text_proj.{kind}") is not None
-        ]
+        self.meta = extra.pop("prompt_embed_tokens.weight")  # (80, d)
+        self.projection = [extra[name] for name in ("custom_text_proj.weight", "custom_text_proj.bias") if extra]
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text on its own."""
+        return len(self._tokens(text))
 
     def encode(self, side: str, items: Sequence[GoldenItem]) -> Floats:
         """Embeddings [n, 16 or 64, d] of one batch."""
@@ -106,15 +104,3 @@ def prompt_text(side: str, text: str | None, image_tokens: int | None) -> str:
 def _stretched(image: Image.Image) -> Image.Image:
     image = image.convert("RGB")
     return image.resize((max(28, image.width), max(28, image.height)), Image.Resampling.BICUBIC)
-
-
-def _read_extra(folder: Path) -> dict[str, Tensor]:
-    """MetaEmbed's own tensors, under whatever prefix they were saved."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                for wanted in ("prompt_embed_tokens.weight", "custom_text_proj.weight", "custom_text_proj.bias"):
-                    if name.endswith(wanted):
-                        found[wanted] = file.get_tensor(name)
-    return found

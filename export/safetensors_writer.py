@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .new_folder import new_folder
 from .safetensors_header import FLOAT_DTYPES
+from .staging import staged_folder
 
 SHARD_BYTES = 5_000_000_000  # what Hugging Face uses
 ALIGNMENT = 8  # tensor data starts at a multiple of this, as the safetensors library writes it
@@ -45,15 +45,16 @@ def write_checkpoint(
     """Write config.json, shards and their index into a new folder, which appears when it is complete.
 
     Args:
-        specs: what to write, in this order.
+        specs: what to write, in this order but wider types first, so that every tensor is aligned to its type.
         pieces: the data of one tensor, in consecutive arrays of its dtype.
         advance: told the bytes of each piece after it is written (a progress bar's ``update``).
 
     Raises:
-        UsageError: the folder exists already.
+        UsageError: the folder exists already and is not empty.
     """
-    shards = split_shards(specs, shard_bytes)
-    with new_folder(folder) as partial:
+    ordered = sorted(specs.items(), key=lambda item: -FLOAT_DTYPES[item[1].dtype].itemsize)
+    shards = split_shards(dict(ordered), shard_bytes)
+    with staged_folder(Path(folder), force=False) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name, shard in shards.items():
             _write_shard(partial / name, shard, pieces, advance)

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import onnx_ir as ir
 import torch
@@ -16,7 +17,10 @@ from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.layout import PATCHES
 
 from .encoder import LanguageEncoder, VisionEncoder, text_constants, vision_constants
+from .graph import optimise
+from .repeat import repeat_layers
 
+TRACED_LAYERS = 3  # of the language model: the first, one of the middle, the last
 DEFAULT_OPSET = 20  # primitives only; TensorRT 10.3 (JetPack 6.2) parses it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,7 +31,31 @@ EXAMPLE = {"i": 2, "w": 3, "b": 5, "t": 23, "m": 32, "r": 7}
 
 
 def trace_vision(geometry: Geometry, precision: str = "fp32", opset: int = DEFAULT_OPSET) -> ir.Model:
-    """The vision graph of CONTRIBUTING.md; initialisers carry names and shapes but no values."""
+    """The vision graph of CONTRIBUTING.md, optimised; weights carry names and shapes but no values."""
+    whole = [block in geometry.vision.full_attention_blocks for block in range(geometry.vision.depth)]
+    kinds = [whole[0], False, True]  # traced: the first block, then one of each kind
+    full = tuple(block for block, kind in enumerate(kinds) if kind)
+    vision = replace(geometry.vision, depth=len(kinds), full_attention_blocks=full)
+    if geometry.vision.depth <= len(kinds):
+        return trace_whole_vision(geometry, precision, opset)
+    model = trace_whole_vision(replace(geometry, vision=vision), precision, opset)
+    repeat_layers(model, "visual.blocks", [0, *(2 if kind else 1 for kind in whole[1:])])
+    return model
+
+
+def trace_language(geometry: Geometry, precision: str = "fp32", opset: int = DEFAULT_OPSET) -> ir.Model:
+    """The language graph of CONTRIBUTING.md, optimised; it serves both sides and every budget."""
+    layers = geometry.text.layers
+    if layers <= TRACED_LAYERS:
+        return trace_whole_language(geometry, precision, opset)
+    text = replace(geometry.text, layers=TRACED_LAYERS)
+    model = trace_whole_language(replace(geometry, text=text), precision, opset)
+    repeat_layers(model, "language_model.layers", [0, *[1] * (layers - 2), 2])  # the last computes the answer rows only
+    return model
+
+
+def trace_whole_vision(geometry: Geometry, precision: str = "fp32", opset: int = DEFAULT_OPSET) -> ir.Model:
+    """As ``trace_vision``, every block traced: slow for deep models, and what judges the quick way."""
     arguments: Arguments = {
         "patches": (("i", "w", PATCHES, geometry.vision.patch_values), torch.float32),
         "patch_positions": (("i", "w", PATCHES, 2), torch.int64),
@@ -43,8 +71,8 @@ def trace_vision(geometry: Geometry, precision: str = "fp32", opset: int = DEFAU
     )
 
 
-def trace_language(geometry: Geometry, precision: str = "fp32", opset: int = DEFAULT_OPSET) -> ir.Model:
-    """The language graph of CONTRIBUTING.md, which serves both sides and every budget."""
+def trace_whole_language(geometry: Geometry, precision: str = "fp32", opset: int = DEFAULT_OPSET) -> ir.Model:
+    """As ``trace_language``, every layer traced."""
     dtype = DTYPES[precision]
     arguments: Arguments = {
         "token_ids": (("b", "t"), torch.int64),
@@ -94,6 +122,7 @@ def _trace(
     for name, value in program.model.graph.initializers.items():
         real = constants.get(name)  # weights get their bytes later, from the checkpoint
         value.const_value = None if real is None else ir.tensor(real.numpy(), name=name)
+    optimise(program.model)
     return program.model
 
 

@@ -71,6 +71,8 @@ def _fail(parser: Parser, args: argparse.Namespace, sentence: str, code: int) ->
     return code
 
 
-def progress(items: Iterable[T], what: str, *, total: int | None = None, quiet: bool = False, **kwargs: Any) -> tqdm[T]:
+def progress(
+    items: Iterable[T] | None, what: str, *, total: int | None = None, quiet: bool = False, **kwargs: Any
+) -> tqdm[T]:
     """A progress bar on stderr; silent when stderr is not a terminal (kwargs: tqdm's)."""
     return tqdm(items, desc=what, total=total, disable=True if quiet else None, leave=False, **kwargs)

@@ -171,8 +171,8 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     animation the first frame is read. A PIL image is not changed.
 
     Raises:
-        UsageError: not a readable image, too large (twice Pillow's ``Image.MAX_IMAGE_PIXELS``), or too long and thin; the
-            sentence names the file.
+        UsageError: not a readable image, too large (twice Pillow's ``Image.MAX_IMAGE_PIXELS``), or too long and
+            thin; the sentence names the file.
     """
     if isinstance(source, Image.Image):
         with _one_sentence("the PIL image"):
@@ -224,9 +224,7 @@ def _one_sentence(name: str) -> Iterator[None]:
     except (MetaEmbedError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UsageError(
-            f"{name} is too large to decode safely ({Image.MAX_IMAGE_PIXELS} pixels); shrink it"
-        ) from error
+        raise UsageError(f"{name} has more pixels than is safe to decode; shrink it") from error
     except UnidentifiedImageError as error:
         raise UsageError(f"{name} is not an image that can be read here") from error
     # On damaged files Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...

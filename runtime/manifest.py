@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -199,16 +199,19 @@ def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
     return {name: FileRecord.of(folder / name) for name in names}
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Record every file of the folder and write bundle.json; returns the manifest as written."""
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    known = {name: record for name, record in manifest.files.items() if name.startswith("weights/")}
-    fresh = record_files(folder, [name for name in names if name != MANIFEST and name not in known])
-    manifest = replace(manifest, files={**known, **fresh})
-    (folder / MANIFEST).write_text(
-        json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+def write_manifest(folder: Path, manifest: Manifest, skip: Sequence[str] = ()) -> Manifest:
+    """Record every file of the folder, those in subfolders ``skip`` aside, and write bundle.json; returns it."""
+    relative = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    names = [path.as_posix() for path in relative if path.parts[0] not in (MANIFEST, *skip)]
+    manifest = replace(manifest, files=record_files(folder, names))
+    text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return manifest
+
+
+def cpu_graph(graph: str) -> str:
+    """Name of the float32 twin of a bf16 or fp16 graph: ``language.onnx`` -> ``language.cpu.onnx``."""
+    return graph.replace(".onnx", ".cpu.onnx")
 
 
 def _check_inside(folder: Path, name: str) -> None:

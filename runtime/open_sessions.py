@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .errors import MetaEmbedError
-from .manifest import Bundle
+from .manifest import Bundle, cpu_graph
 from .session import Session
 
 
+# Above this, the float32 copies that ONNX Runtime would fold from narrow weights are worth avoiding.
+LEAN_BYTES = 1 << 30
+
+
 def open_sessions(bundle: Bundle, graphs: Iterable[str], *, threads: int = 0) -> list[Session]:
-    """A session for each graph: ONNX Runtime on this machine's CPU."""
+    """A session for each graph: ONNX Runtime on this machine's CPU, on the float32 twin of a narrow graph."""
     try:
         from .session_ort import OrtSession
     except ImportError:
         raise MetaEmbedError("onnxruntime is not installed here; pip install 'metaembed-export[runtime]'") from None
-    return [OrtSession(bundle.path(graph), threads=threads) for graph in graphs]
+    files = bundle.manifest.files
+    weights = sum(record.bytes for name, record in files.items() if name.startswith("weights/"))
+    chosen = [cpu_graph(graph) if cpu_graph(graph) in files else graph for graph in graphs]
+    return [OrtSession(bundle.path(graph), threads=threads, lean=weights > LEAN_BYTES) for graph in chosen]

@@ -32,18 +32,31 @@ class OrtSession:
         path: the graph; its external weights lie beside it.
         providers: execution providers, best first; by default the CPU's.
         threads: CPU threads; 0 lets ONNX Runtime choose (one per core).
+        lean: keep weights memory-mapped in their stored type and widen each when it is used, instead of folding the
+            casts into float32 copies: slower, but the whole model never has to fit in memory.
 
     Raises:
         BundleError: ONNX Runtime refuses the graph.
         UsageError: none of the providers asked for could be had.
     """
 
-    def __init__(self, path: Path, *, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        threads: int = 0,
+        lean: bool = False,
+    ) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = not lean
+        disabled = ["ConstantFolding"] if lean else []
         try:
-            self._session: Any = ort.InferenceSession(str(path), options, providers=list(providers))
+            self._session: Any = ort.InferenceSession(
+                str(path), options, providers=list(providers), disabled_optimizers=disabled
+            )
         except Exception as error:  # ONNX Runtime raises several unrelated classes
             raise BundleError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
         self.providers: list[str] = self._session.get_providers()  # what was got, not what was asked

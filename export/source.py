@@ -1,0 +1,82 @@
+"""Where an export's weights come from: a checkpoint as it is, merged with an adapter, made up, or converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from metaembed.runtime.errors import UsageError
+
+from .checkpoint import Checkpoint
+from .models import ResolvedModel
+from .random_weights import write_random_checkpoint
+from .safetensors_header import FLOAT_DTYPES
+from .safetensors_writer import TensorSpec, write_checkpoint
+
+STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+PIECE_VALUES = 1 << 22
+Advance = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint, the HF folder that holds the same weights, and where its tokenizer and processor lie."""
+
+    checkpoint: Checkpoint
+    folder: Path
+    assets: tuple[Path, ...]
+
+    def asset(self, name: str) -> Path:
+        """tokenizer.json and the like; the adapter's own comes before the base's."""
+        for folder in self.assets:
+            if (folder / name).is_file():
+                return folder / name
+        where = " nor ".join(str(folder) for folder in self.assets)
+        raise UsageError(f"neither {where} has {name}; copy it from the base model" if len(self.assets) > 1 else
+                         f"{where} has no {name}; copy it from the base model")  # fmt: skip
+
+
+def open_source(
+    model: ResolvedModel, work: Path, *, random_seed: int | None = None, advance: Advance = lambda nbytes: None
+) -> Source:
+    """Open the model's weights; merged or random ones are first written into ``work``, a folder not yet there.
+
+    Raises:
+        UsageError, BundleError: no weights, or weights that make no checkpoint of this model.
+    """
+    assets = tuple(folder for folder in (model.adapter, model.base) if folder is not None)
+    if random_seed is not None:
+        return Source(write_random_checkpoint(model.config, random_seed, work, advance=advance), work, assets)
+    checkpoint = model.open(work, advance=advance)
+    return Source(checkpoint, work if work.exists() else model.require_base(), assets)
+
+
+def convert_weights(checkpoint: Checkpoint, precision: str, folder: Path, advance: Advance) -> Checkpoint:
+    """Store weights in the type that the graphs compute in, where that is narrower or another 16-bit type.
+
+    bf16 and fp16 weights under fp32 graphs stay as they are: a Cast in the graph widens them exactly.
+
+    Raises:
+        UsageError: a weight does not fit float16.
+    """
+    wanted = STORED[precision]
+    if precision == "fp32" or all(ref.dtype == wanted for ref in checkpoint.tensors.values()):
+        return checkpoint
+    specs = {name: TensorSpec(ref.shape, wanted) for name, ref in checkpoint.tensors.items()}
+    write_checkpoint(folder, checkpoint.config, specs, partial(_converted, checkpoint, wanted), advance=advance)
+    return Checkpoint.open(folder)
+
+
+def _converted(checkpoint: Checkpoint, dtype: str, name: str) -> Iterator[np.ndarray]:
+    values = checkpoint.read(name).reshape(-1)
+    for start in range(0, values.size, PIECE_VALUES):
+        piece = values[start : start + PIECE_VALUES].astype(np.float32)
+        with np.errstate(over="ignore"):
+            narrow = piece.astype(FLOAT_DTYPES[dtype])
+        if dtype == "F16" and np.isinf(narrow).any():
+            raise UsageError(f"{name} holds values beyond float16's 65504; export with --precision bf16")
+        yield narrow

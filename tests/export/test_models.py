@@ -1,0 +1,141 @@
+"""What MODEL may be, and where its weights are looked for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from metaembed.export.models import DEMO_FOLDER, resolve_model
+from metaembed.export.random_weights import write_random_checkpoint
+from metaembed.runtime.errors import BundleError, UsageError
+from metaembed.runtime.known_models import KNOWN, KnownModel
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch, tiny):
+    """An empty hub cache, no METAEMBED_HOME, and a known model small enough to have weights."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("METAEMBED_HOME", raising=False)
+    monkeypatch.setitem(KNOWN, "tiny", KnownModel("tiny", "Tiny/Base", tiny))
+    monkeypatch.chdir(tmp_path)
+
+
+def write_model(folder, config, **changes):
+    return write_random_checkpoint({**config, **changes}, 0, folder)
+
+
+def write_adapter(folder, **settings):
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1} | settings))
+
+
+def write_hub(root, hub_id, config):
+    """The layout of a hub cache: refs/main names a snapshot."""
+    repository = root / "hub" / f"models--{hub_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    write_model(repository / "snapshots" / ("0" * 40), config)
+    return repository / "snapshots" / ("0" * 40)
+
+
+@pytest.mark.parametrize("name", ["3b", "7b", "32b", "7B"])
+def test_known_size_without_weights_has_its_geometry(name):
+    found = resolve_model(name)
+    assert found.base is None
+    assert found.geometry == KNOWN[name.lower()].geometry
+
+
+def test_weights_that_are_nowhere_say_where_they_were_sought(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        resolve_model("7b").open(tmp_path / "merged")
+    for words in (
+        "--base",
+        "METAEMBED_HOME (not set)",
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        str(tmp_path / "hub"),
+        "--random",
+    ):
+        assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_base_outranks_home_and_home_the_hub(tmp_path, tiny, monkeypatch):
+    hub = write_hub(tmp_path, "Tiny/Base", tiny)
+    assert resolve_model("tiny").base == hub
+    write_model(tmp_path / "home" / "tiny", tiny)
+    monkeypatch.setenv("METAEMBED_HOME", str(tmp_path / "home"))
+    assert resolve_model("tiny").base == tmp_path / "home" / "tiny"
+    write_model(tmp_path / "mine", tiny)
+    assert resolve_model("tiny", base="mine").base.resolve() == tmp_path / "mine"
+    assert resolve_model("tiny", base="Tiny/Base").base == hub
+
+
+def test_weights_of_another_size_are_refused(tmp_path, tiny):
+    write_model(tmp_path / "mine", tiny, num_hidden_layers=3)
+    with pytest.raises(UsageError, match="3 layers of 48 dims, tiny has 2 of 48"):
+        resolve_model("tiny", base="mine")
+
+
+def test_folder_and_hub_id_are_models(tmp_path, tiny):
+    hub = write_hub(tmp_path, "some/model", tiny)
+    assert resolve_model("some/model").base == hub
+    checkpoint = resolve_model(str(hub)).open(tmp_path / "merged")
+    assert checkpoint.geometry.meta_tokens == 10
+    assert not (tmp_path / "merged").exists()
+
+
+def test_adapter_folder_finds_the_base_that_it_names(tmp_path, tiny):
+    hub = write_hub(tmp_path, "Tiny/Base", tiny)
+    write_adapter(tmp_path / "lora", base_model_name_or_path="Tiny/Base")
+    found = resolve_model("lora")
+    assert (found.base, found.adapter.resolve()) == (hub, tmp_path / "lora")
+    assert found.geometry.meta_tokens == 10
+    assert resolve_model("tiny", adapter="lora").adapter.resolve() == tmp_path / "lora"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({}, "does not name its base"), ({"base_model_name_or_path": "Not/Here"}, "Not/Here is neither a folder nor in")],
+)
+def test_adapter_whose_base_is_unknown_says_what_to_do(tmp_path, settings, words):
+    write_adapter(tmp_path / "lora", **settings)
+    with pytest.raises(UsageError, match=words):
+        resolve_model("lora")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model": "7bb"}, "did you mean 7b?"),
+        ({"model": "nothing/here"}, "hf download nothing/here"),
+        ({"model": "a/b/c"}, "no model"),
+        ({"model": "tiny", "base": "nowhere"}, "nowhere is neither"),
+        ({"model": "tiny", "adapter": "nowhere"}, "nowhere is neither"),
+        ({"model": "mine", "base": "mine"}, "whole checkpoint"),
+    ],
+)
+def test_mistaken_models_are_explained(tmp_path, tiny, arguments, words):
+    write_model(tmp_path / "mine", tiny)
+    with pytest.raises(UsageError) as caught:
+        resolve_model(**arguments)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_plain_base_is_told_that_it_lacks_an_adapter(tmp_path, tiny):
+    from safetensors.numpy import load_file, save_file
+
+    from metaembed.export.checkpoint import Checkpoint
+
+    checkpoint = write_model(tmp_path / "mine", tiny)
+    path = checkpoint.files[0]
+    save_file({n: t for n, t in load_file(path).items() if not n.startswith("prompt_embed")}, path)
+    with pytest.raises(BundleError, match="--adapter"):
+        Checkpoint.open(tmp_path / "mine")
+
+
+def test_demo_is_packaged(tmp_path):
+    checkpoint = resolve_model("demo").open(tmp_path / "merged")
+    assert checkpoint.files == [DEMO_FOLDER.resolve() / "model.safetensors"]
+    checkpoint.check_finite()

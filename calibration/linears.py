@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,11 +112,11 @@ def find_linears(model: ir.Model) -> Iterator[Linear]:
 
 
 def name_group(names: Sequence[str]) -> str:
-    """``layers.0.mlp.{gate_proj,up_proj}``: the shared part, and what differs in braces."""
+    """``layers.0.mlp.{gate_proj,up_proj}``: the module that holds them all, and their own names in braces."""
     if len(names) == 1:
         return names[0]
-    shared = os.path.commonprefix([name.rpartition(".")[0] + "." for name in names])
-    return f"{shared}{{{','.join(name.removeprefix(shared) for name in names)}}}"
+    parents, own = zip(*(name.rsplit(".", 1) for name in names), strict=True)
+    return f"{parents[0]}.{{{','.join(own)}}}"
 
 
 def read_tensor(folder: Path, tensor: ir.TensorProtocol) -> NDArray:

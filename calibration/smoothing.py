@@ -131,6 +131,12 @@ def changes_of(smoothings: Iterable[Smoothing]) -> Changes:
     return changes
 
 
+def divisors_of(smoothings: Iterable[Smoothing], groups: Iterable[Group]) -> dict[str, Array]:
+    """Group name to what smoothing divides the channels of its input by."""
+    by_linear = {linear: smoothing.factors for smoothing in smoothings for linear in smoothing.linears}
+    return {group.name: by_linear[group.linears[0].name] for group in groups if group.linears[0].name in by_linear}
+
+
 def smooth(changes: Changes, name: str, values: Array) -> Array:
     """A parameter's values after smoothing, in the same type; those that no smoothing touches come back unchanged."""
     for axis, factors in changes.get(name, ()):

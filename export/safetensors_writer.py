@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from metaembed.runtime.staging import staged_folder
+
 from .safetensors_header import FLOAT_DTYPES
-from .staging import staged_folder
 
 SHARD_BYTES = 5_000_000_000  # what Hugging Face uses
 ALIGNMENT = 8  # tensor data starts at a multiple of this, as the safetensors library writes it

@@ -8,7 +8,6 @@ from .errors import MetaEmbedError
 from .manifest import Bundle, cpu_graph
 from .session import Session
 
-
 # Above this, the float32 copies that ONNX Runtime would fold from narrow weights are worth avoiding.
 LEAN_BYTES = 1 << 30
 

@@ -114,7 +114,7 @@ def quantise_bundle(
         check = None
         if not bundle.unverified:
             report("comparing with the golden vectors")
-            check = _final_check(folder, recipe, nearest, progress)
+            check = _final_check(folder, recipe, nearest, request.threads, progress)
         manifest = Bundle.open(folder, verify=False).manifest
         write_manifest(folder, replace(manifest, parity=None if check is None else check.to_json()))
     return Quantised(recipe, verdict, check)
@@ -227,9 +227,9 @@ def _write(workshop: Workshop, recipe: Recipe, request: Request, folder: Path) -
     write_manifest(folder, replace(source.manifest, quantization=quantization, parity=None, tools=tools))
 
 
-def _final_check(folder: Path, recipe: Recipe, nearest: Path, progress: Progress) -> Check:
+def _final_check(folder: Path, recipe: Recipe, nearest: Path, threads: int, progress: Progress) -> Check:
     """Replay the golden vectors the way metaembed-check will: with the sessions of this machine, all images."""
-    with Encoder.open(folder, verify=False) as encoder:
+    with Encoder.open(folder, verify=False, threads=threads) as encoder:
         check = check_bundle(encoder, progress=lambda work: progress(work, "replaying"))
     if not check:
         recipe.save(nearest)

@@ -1,7 +1,7 @@
 """Symbol scenes: pages with several coloured Unicode symbols, and queries that name or show some of them.
 
-Everything follows from a seed. Three splits share the 64 symbols and 8 colours but not all their 512 pairs: each symbol keeps
-one colour back, 48 such pairs for the test split and 16 for validation, and training sees neither.
+Everything follows from a seed. Three splits share the 64 symbols and 8 colours but not all their 512 pairs: each symbol
+keeps one colour back, 48 such pairs for the test split and 16 for validation, and training sees neither.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 # A word of each symbol's Unicode name stands for it: "☂" is U+2602 UMBRELLA.
-SYMBOLS = dict(
-    pair.split(":")
-    for pair in """
-    ☀:sun ☁:cloud ☂:umbrella ☃:snowman ☄:comet ★:star ☎:telephone ☘:shamrock ☠:skull ☣:biohazard ☤:caduceus ☥:ankh ☾:moon
-    ☸:wheel ☺:face ♚:king ♛:queen ♜:rook ♞:knight ♟:pawn ♠:spade ♣:club ♥:heart ♦:diamond ♪:note ♿:wheelchair ⚑:flag ⚓:anchor
-    ⚗:alembic ⚘:flower ⚙:gear ⚛:atom ⚰:coffin ⚱:urn ✈:airplane ✉:envelope ✏:pencil ✒:nib ✱:asterisk ❄:snowflake ⌂:house
-    ⌨:keyboard ■:square ▬:rectangle ▰:parallelogram ◉:fisheye ▲:triangle ⬟:pentagon ✌:hand ➤:arrowhead ☑:ballot ✔:check
-    ✚:cross ♄:saturn ☿:mercury ♆:neptune ♈:aries ♉:taurus ♊:gemini ♌:leo √:root ∫:integral ☕:beverage ⚒:hammer
-    """.split()
-)
+SYMBOLS = {
+    "☀": "sun", "☁": "cloud", "☂": "umbrella", "☃": "snowman", "☄": "comet", "★": "star", "☎": "telephone",
+    "☘": "shamrock", "☠": "skull", "☣": "biohazard", "☤": "caduceus", "☥": "ankh", "☾": "moon", "☸": "wheel",
+    "☺": "face", "♚": "king", "♛": "queen", "♜": "rook", "♞": "knight", "♟": "pawn", "♠": "spade", "♣": "club",
+    "♥": "heart", "♦": "diamond", "♪": "note", "♿": "wheelchair", "⚑": "flag", "⚓": "anchor", "⚗": "alembic",
+    "⚘": "flower", "⚙": "gear", "⚛": "atom", "⚰": "coffin", "⚱": "urn", "✈": "airplane", "✉": "envelope",
+    "✏": "pencil", "✒": "nib", "✱": "asterisk", "❄": "snowflake", "⌂": "house", "⌨": "keyboard", "■": "square",
+    "▬": "rectangle", "▰": "parallelogram", "◉": "fisheye", "▲": "triangle", "⬟": "pentagon", "✌": "hand",
+    "➤": "arrowhead", "☑": "ballot", "✔": "check", "✚": "cross", "♄": "saturn", "☿": "mercury", "♆": "neptune",
+    "♈": "aries", "♉": "taurus", "♊": "gemini", "♌": "leo", "√": "root", "∫": "integral", "☕": "beverage",
+    "⚒": "hammer",
+}  # fmt: skip
 COLOURS = {
     "red": (214, 30, 36),
     "orange": (244, 140, 16),
@@ -37,7 +39,8 @@ GLYPHS, WORDS, COLOUR_WORDS = tuple(SYMBOLS), tuple(SYMBOLS.values()), tuple(COL
 FIXED_SIDE = 112  # px: one attention window of Qwen2.5-VL
 VARIED_SIDES = (84, 336)  # px, each side on its own
 LARGEST_ASPECT = 3.0
-SMALLEST_CELL, LARGEST_CELL = 28, 56  # px; a cell holds one symbol
+CELL = 28  # px; a cell holds one symbol
+SIZES = (0.7, 0.96)  # a symbol's longer side, in cells
 ITEMS_PER_SCENE = (6, 9)  # the smallest page has 9 cells
 
 SPLITS = ("train", "validation", "test")
@@ -102,17 +105,19 @@ def sample_scene(rng: np.random.Generator, pairs: Sequence[Pair], *, varied: boo
 
 
 def place_items(rng: np.random.Generator, pairs: Sequence[Pair], width: int, height: int) -> Scene:
-    """Put each pair into a cell of its own, at a random size and place within the cell."""
-    cell = _cell_side(rng, len(pairs), width, height)
-    rows, columns = height // cell, width // cell
-    cells = rng.permutation(rows * columns)[: len(pairs)]
-    margin = (width - columns * cell) // 2, (height - rows * cell) // 2
+    """Put each pair into a cell of its own, at a random size and place within the cell.
+
+    The page is cut evenly into rows and columns of about 28 px, so that an image embedding sees one cell.
+    """
+    rows, columns = round(height / CELL), round(width / CELL)
+    tall, wide = height / rows, width / columns
     items = []
-    for (symbol, colour), where in zip(pairs, cells, strict=True):
-        size = int(rng.integers(round(0.7 * cell), round(0.96 * cell) + 1))
-        slack_x, slack_y = rng.integers(0, cell - size + 1, 2)
+    for (symbol, colour), where in zip(pairs, rng.permutation(rows * columns), strict=False):
         row, column = divmod(int(where), columns)
-        left, top = margin[0] + column * cell + int(slack_x), margin[1] + row * cell + int(slack_y)
+        size = round(min(tall, wide) * rng.uniform(*SIZES))
+        left, top = (
+            int(corner + rng.uniform(0, side - size)) for corner, side in ((column * wide, wide), (row * tall, tall))
+        )
         items.append(Item(symbol, colour, left, top, size))
     return Scene(width, height, int(rng.integers(228, 256)), tuple(items))
 
@@ -123,13 +128,3 @@ def _varied_size(rng: np.random.Generator) -> tuple[int, int]:
         width, height = (round(float(np.exp(side))) for side in rng.uniform(low, high, 2))
         if max(width, height) <= LARGEST_ASPECT * min(width, height):
             return width, height
-
-
-def _cell_side(rng: np.random.Generator, count: int, width: int, height: int) -> int:
-    """A random cell side in px that leaves at least `count` cells on the page."""
-    cell = int(rng.integers(SMALLEST_CELL, min(LARGEST_CELL, width, height) + 1))
-    if (width, height) == (FIXED_SIDE, FIXED_SIDE):
-        cell = SMALLEST_CELL
-    while cell > SMALLEST_CELL and (width // cell) * (height // cell) < count:
-        cell -= 1
-    return cell

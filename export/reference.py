@@ -73,7 +73,7 @@ class Reference:
             ids[row, longest - len(prompt) : longest] = torch.tensor(prompt)
             attention[row, longest - len(prompt) :] = 1
         seen = [picture for picture in pictures if picture is not None]
-        is_image = ids == self.model.config.image_token_id
+        is_image = ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         grids = torch.cat([picture["image_grid_thw"] for picture in seen]) if seen else None
         embeds = self.model.get_input_embeddings()(ids)
         embeds[:, longest:] = self.meta

@@ -71,8 +71,11 @@ def _fail(parser: Parser, args: argparse.Namespace, sentence: str, code: int) ->
     return code
 
 
-def progress(
-    items: Iterable[T] | None, what: str, *, total: int | None = None, quiet: bool = False, **kwargs: Any
-) -> tqdm[T]:
-    """A progress bar on stderr; silent when stderr is not a terminal (kwargs: tqdm's)."""
-    return tqdm(items, desc=what, total=total, disable=True if quiet else None, leave=False, **kwargs)
+def progress(items: Iterable[T], what: str, *, quiet: bool = False) -> Iterable[T]:
+    """The items, with a progress bar on stderr while they are worked on; no bar where stderr is not a terminal."""
+    return tqdm(items, desc=what, disable=True if quiet else None, leave=False)
+
+
+def byte_bar(what: str, *, quiet: bool = False) -> tqdm[Any]:
+    """A bar of bytes written; call ``update`` and ``close``. Silent where stderr is not a terminal."""
+    return tqdm(desc=what, disable=True if quiet else None, leave=False, unit="B", unit_scale=True, unit_divisor=1024)

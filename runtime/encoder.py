@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ Floats: TypeAlias = NDArray[np.float32]
 
 DEFAULT_BATCH = 16
 CHUNK_ITEMS, CHUNK_BYTES = 512, 1 << 28  # inputs prepared at a time, so that a corpus never has to fit in memory
-# Attention scores of one batch in float32, the largest activation of either graph.
-ACTIVATION_BYTES = 1 << 30
+# Attention scores of one batch in float32, the largest activation of either graph; a session holds about four of them.
+ACTIVATION_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,10 @@ class Encoder:
 
     def _vectors(self, side: Side, budget: Budget | int | None) -> int:
         most: int = getattr(self.bundle.manifest.largest, side)
-        asked = most if budget is None else budget if isinstance(budget, int) else getattr(budget, side)
+        asked = most if budget is None else getattr(budget, side) if isinstance(budget, Budget) else budget
+        if isinstance(asked, bool) or not hasattr(asked, "__index__"):  # numpy's integers are welcome
+            raise UsageError(f"a budget is a whole number of vectors or a Budget, not {asked!r}")
+        asked = operator.index(asked)
         if not 1 <= asked <= most:
             raise UsageError(f"a budget of {asked} {side} vectors is outside 1..{most}, which this bundle serves")
         return asked
@@ -165,18 +169,20 @@ class Encoder:
         """Group items of similar size, so that little is padding, within the memory for attention scores."""
         batch: list[_Item] = []
         for item in sorted(items, key=lambda item: (item.windows, len(item.prompt)), reverse=True):
-            if batch and (len(batch) == batch_size or self._scores_bytes(batch[0], len(batch) + 1) > ACTIVATION_BYTES):
+            if batch and (len(batch) == batch_size or not self._fits(item, batch)):
                 yield batch
                 batch = []
             batch.append(item)
         if batch:
             yield batch
 
-    def _scores_bytes(self, largest: _Item, count: int) -> int:
-        geometry = self.bundle.manifest.geometry
-        vision = geometry.vision.heads * (largest.windows * layout.PATCHES) ** 2
-        language = geometry.text.heads * (len(largest.prompt) + geometry.meta_tokens) ** 2
-        return 4 * count * max(vision, language)
+    def _fits(self, item: _Item, batch: Sequence[_Item]) -> bool:
+        """Whether an item may join: most of its windows are not padding, and the attention scores stay in bounds."""
+        geometry, windows = self.bundle.manifest.geometry, batch[0].windows
+        prompt = max(len(other.prompt) for other in (item, *batch))
+        vision = geometry.vision.heads * (windows * layout.PATCHES) ** 2
+        language = geometry.text.heads * (prompt + geometry.meta_tokens) ** 2
+        return 2 * item.windows >= windows and 4 * (len(batch) + 1) * max(vision, language) <= ACTIVATION_BYTES
 
     def _run(self, side: Side, batch: Sequence[_Item], vectors: int) -> Floats:
         geometry = self.bundle.manifest.geometry

@@ -73,8 +73,7 @@ def compare(reference: NDArray[Any], candidate: NDArray[Any], tolerance: Toleran
     """
     if reference.shape != candidate.shape or reference.ndim != 3:
         raise UsageError(f"embeddings of shapes {reference.shape} and {candidate.shape} cannot be compared")
-    vectors = reference.shape[0] * reference.shape[1]
-    if not vectors:
+    if not reference.size:
         return ParityRecord(0, float("nan"), float("nan"), (-1, -1), tolerance)
     a, b = reference.astype(np.float64), candidate.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -82,7 +81,7 @@ def compare(reference: NDArray[Any], candidate: NDArray[Any], tolerance: Toleran
     worst = int(np.argmin(np.where(np.isfinite(cosine), cosine, -np.inf)))
     item, vector = divmod(worst, reference.shape[1])
     return ParityRecord(
-        vectors, float(np.max(np.abs(a - b))), float(cosine.reshape(-1)[worst]), (item, vector), tolerance
+        cosine.size, float(np.max(np.abs(a - b))), float(cosine.reshape(-1)[worst]), (item, vector), tolerance
     )
 
 
@@ -114,7 +113,7 @@ def compare_rankings(
         raise UsageError(f"scores of shapes {reference.shape} and {candidate.shape} cannot be compared")
     if reference.shape[1] <= ranks:
         raise UsageError(f"{reference.shape[1]} candidates are too few to compare the top {ranks}")
-    if not np.isfinite(candidate).all():
+    if not (np.isfinite(reference).all() and np.isfinite(candidate).all()):
         return RankingRecord(len(reference), ranks, float("nan"), tolerance)
     shared = [len(_top(a, ranks) & _top(b, ranks)) / ranks for a, b in zip(reference, candidate, strict=True)]
     return RankingRecord(len(shared), ranks, float(np.mean(shared)) if shared else float("nan"), tolerance)

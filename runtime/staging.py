@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import UsageError
-from .manifest import MANIFEST
+from metaembed.runtime.errors import UsageError
+from metaembed.runtime.manifest import FORMAT, MANIFEST
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -23,7 +24,7 @@ def check_output(output: Path, *, force: bool) -> None:
         raise UsageError(f"{output} exists and is not a folder; choose another output with -o")
     if not output.exists() or not any(output.iterdir()):
         return
-    if not (output / MANIFEST).is_file():
+    if not _is_bundle(output):
         raise UsageError(f"{output} exists and is no bundle, so it is not replaced; choose another output with -o")
     if not force:
         raise UsageError(f"{output} exists; give -f to replace it, or another output with -o")
@@ -36,6 +37,7 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
     check_output(output, force=force)
     output.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(output)
+    check_output(output, force=force)  # a bundle may have been put back
     staging = output.parent / f".{output.name}.partial-{os.getpid()}"
     staging.mkdir()
     try:
@@ -54,20 +56,45 @@ def _replace(staging: Path, output: Path, *, force: bool) -> None:
         output.rename(old)
     try:
         staging.rename(output)
-    except OSError:
-        if old.exists():
+    except BaseException:
+        if old.exists() and not output.exists():
             old.rename(output)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _is_bundle(folder: Path) -> bool:
+    """Whether we wrote it: other tools have a bundle.json too. A damaged bundle counts, a stranger's file does not."""
+    try:
+        return bool(json.loads((folder / MANIFEST).read_bytes())["format"] == FORMAT)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
 def _remove_abandoned(output: Path) -> None:
-    """Folders that killed runs left: their process is gone."""
-    pattern = re.compile(re.escape(f".{output.name}.") + r"(?:partial|replaced)-(\d+)")
-    for sibling in output.parent.iterdir():
+    """What killed runs left: remove the unfinished, but put a bundle back that was moved aside and not yet replaced."""
+    pattern = re.compile(re.escape(f".{output.name}.") + r"(partial|replaced)-(\d{1,9})")
+    for sibling in list(output.parent.iterdir()):
         match = pattern.fullmatch(sibling.name)
-        if match and not Path(f"/proc/{match[1]}").exists():
+        if match is None or _is_running(int(match[2])):
+            continue
+        if match[1] == "replaced" and not output.exists():
+            sibling.rename(output)
+        else:
             shutil.rmtree(sibling, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    """Whether another process has this id. Our own is no other: in containers each run has the same."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
 
 
 def _sync(folder: Path) -> None:

@@ -54,7 +54,7 @@ def test_tiles_of_any_size_give_the_same_scores(q, r_q, n, r_c, d, tile_floats):
     queries, candidates = unit(rng, q, r_q, d), unit(rng, n, r_c, d, dtype=ml_dtypes.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "TILE_FLOATS", tile_floats)
-        scores = module.maxsim_reference(queries, candidates)
+        scores = module.maxsim_reference(queries, [candidates])
     np.testing.assert_allclose(scores, brute_force(queries, candidates), rtol=0, atol=2e-6 * r_q)
 
 

@@ -1,0 +1,37 @@
+"""``metaembed-bench``: a thin dispatcher; each subcommand's work lives in its own module."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+
+from metaembed.runtime.command import Parser, run_command
+
+# Subcommand -> (module with add_arguments(parser) and work(args), one line of help). Imported only when asked for.
+COMMANDS = {
+    "scenes": ("cli_scenes", "write symbol scenes as a folder of PNG pages with queries and relevance judgements"),
+    "demo-quality": (
+        "cli_demo_quality",
+        "nDCG@5, recall and MRR of a demo checkpoint on symbol scenes, at every budget",
+    ),
+    "train": ("cli_train", "train the demo model from scratch"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="metaembed-bench", description="Measurements, and the demo's data and model.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    for name, (module, line) in COMMANDS.items():
+        command = commands.add_parser(name, help=line, description=f"{line[0].upper()}{line[1:]}.")
+        import_module(f"metaembed.bench.{module}").add_arguments(command)
+        command.add_common()
+    return run_command(parser, _work, argv)
+
+
+def _work(args: argparse.Namespace) -> int | None:
+    return import_module(f"metaembed.bench.{COMMANDS[args.command][0]}").work(args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,117 @@
+"""The public verb of this package's engine half: a bundle and a device in, engines or a device kit out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metaembed.runtime.budget import Budget
+from metaembed.runtime.cuda import find_gpu
+from metaembed.runtime.devices import Device
+from metaembed.runtime.errors import UsageError
+from metaembed.runtime.graph_maxsim import chunk_size
+from metaembed.runtime.manifest import Bundle
+
+from .device_kit import build_command, write_device_kit
+from .engine import Event, build_engines
+from .preflight import Preflight, check_target
+from .profiles import SCORER, EngineSpec, Sizes, plan_engines, scorer_engine
+from .route import KIT, choose_route, installed_versions
+
+QUERY_BATCH, CANDIDATE_BATCH = 8, 4
+SCORER_QUERIES, SCORER_BYTES = 32, 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What to cut engines to, and how. ``flavour`` insists on a route; ``side`` keeps one side's profiles only."""
+
+    budgets: tuple[Budget, ...]
+    layout: str = "shared"
+    side: str | None = None
+    profile_per_budget: bool = False
+    max_batch: int | None = None
+    flavour: str | None = None
+
+    def words(self) -> str:
+        """These options as metaembed-build's arguments, for a kit's command."""
+        words = [f"--layout {self.layout}"] if self.layout != "shared" else []
+        words += [f"--side {self.side}"] if self.side else []
+        words += ["--profile-per-budget"] if self.profile_per_budget else []
+        words += [f"--max-batch {self.max_batch}"] if self.max_batch else []
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What came of it: ``record`` (build.json) of engines, or the ``kit``'s folder and the ``command`` to run there."""
+
+    route: str
+    preflight: Preflight
+    record: dict[str, Any] | None = None
+    kit: Path | None = None
+    command: str | None = None
+
+
+def build_target(
+    bundle: Bundle,
+    device: Device,
+    options: BuildOptions,
+    *,
+    output: Path | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    on_event: Callable[[str, Event], None] = lambda engine, event: None,
+) -> BuildResult:
+    """Build engines for a device into the bundle, or write a kit (to ``output``) where that is impossible here.
+
+    Raises:
+        UsageError: something that is known beforehand stands in the way; nothing has been done.
+        MetaEmbedError: the builder failed; nothing is left but its log.
+    """
+    gpu, installed = find_gpu(), installed_versions()
+    route = choose_route(device, options.flavour, gpu.capability if gpu else None, installed)
+    flavour = "tensorrt" if route == KIT else route
+    preflight = check_target(
+        bundle,
+        device,
+        chosen_engines(bundle, options),
+        flavour=flavour,
+        version=None if route == KIT else installed.get(flavour),
+        builds_here=route != KIT,
+    )
+    if dry_run:
+        return BuildResult(route, preflight)
+    if route == KIT:
+        target = output or bundle.folder.absolute().with_name(f"{bundle.folder.absolute().name}-kit-{device.name}")
+        write_device_kit(bundle, preflight, target, _kit_words(bundle, options), force=force)
+        return BuildResult(route, preflight, kit=target, command=build_command(device, _kit_words(bundle, options)))
+    if output:
+        raise UsageError("engines are built into the bundle itself; -o is for a device kit")
+    return BuildResult(route, preflight, record=build_engines(bundle, preflight, force=force, on_event=on_event))
+
+
+def chosen_engines(bundle: Bundle, options: BuildOptions) -> tuple[EngineSpec, ...]:
+    """The engines that these options ask for."""
+    engines = plan_engines(
+        Sizes.of(bundle.manifest),
+        options.budgets,
+        layout=options.layout,
+        side=options.side,
+        profile_per_budget=options.profile_per_budget,
+        query_batch=options.max_batch if options.max_batch is not None else QUERY_BATCH,
+        candidate_batch=options.max_batch if options.max_batch is not None else CANDIDATE_BATCH,
+    )
+    if SCORER not in bundle.manifest.files:
+        return engines
+    dim, largest = bundle.manifest.geometry.dim, bundle.manifest.largest
+    chunk = chunk_size(SCORER_BYTES, SCORER_QUERIES, largest.query, largest.candidate, dim)
+    return (*engines, scorer_engine(dim, largest, SCORER_QUERIES, chunk))
+
+
+def _kit_words(bundle: Bundle, options: BuildOptions) -> str:
+    own = set(options.budgets) == set(bundle.manifest.budgets)
+    budgets = [] if own else [f"--budget {budget}" for budget in options.budgets]
+    return " ".join(word for word in (*budgets, options.words()) if word)

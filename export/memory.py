@@ -1,0 +1,124 @@
+"""What an engine weighs: bytes of its weights, of its plan, of the build, and of serving it.
+
+Weights follow from the geometry exactly; the rest are measured factors, each with its measurement beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from metaembed.runtime.geometry import Geometry
+from metaembed.runtime.manifest import LANGUAGE, VISION, Manifest
+
+from .profiles import SCORER, EngineSpec
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
+GIB = 1 << 30
+
+# Kernels and metadata that a plan holds beside its weights, per transformer block and profile. TensorRT-RTX 1.7.1, four
+# blocks, sm_80 and bf16: 1.09 MB a profile and block of the language graph, 0.96 MB of the vision graph.
+PLAN_BYTES_PER_BLOCK = 1.1e6
+# Peak anonymous memory of a TensorRT-RTX build over the plan's bytes: 1.64 for a 3B bf16 language graph (7.52 GB plan).
+RTX_BUILD_FACTOR, RTX_BUILD_BASE = 1.64, 0.35 * GIB
+# TensorRT on a device times kernels with the weights loaded. Reports from Jetson builders: 3-4 times the parameters
+# (github.com/NVIDIA/TensorRT-Edge-LLM issue 30). Not measured by us.
+TRT_BUILD_FACTOR, TRT_BUILD_BASE = 3.5, 1.0 * GIB
+# Activation memory of the language graph at 7B width: 135 KB for each position of b * t (TensorRT-RTX), that is 7.1
+# bytes for each of the 18,944 intermediate values.
+ACTIVATION_BYTES_PER_VALUE = 7.1
+SERVING_BASE = 0.6 * GIB  # CUDA context, TensorRT, Python
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters of one graph: those of the quantisable matrices, and all others."""
+
+    matrices: int
+    others: int
+
+    def bytes(self, precision: str, quantization: str | None) -> int:
+        return self.matrices * BYTES[quantization or precision] + self.others * BYTES[precision]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All in bytes. ``build_peak`` is of the largest single engine: engines are built one after the other."""
+
+    weights: int
+    plans: int
+    build_peak: int
+    activations: int
+    serving: int
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def count_weights(geometry: Geometry) -> dict[str, Weights]:
+    """Parameters of the vision and the language graph, by Qwen2.5-VL's layer shapes."""
+    text, vision = geometry.text, geometry.vision
+    kv = text.kv_heads * text.head_dim
+    block = 2 * text.hidden * (text.hidden + kv) + 3 * text.hidden * text.intermediate
+    rest = text.layers * (3 * text.hidden + 2 * kv) + text.hidden + (text.vocab + geometry.meta_tokens) * text.hidden
+    rest += (text.hidden + 1) * (geometry.projection or 0)
+    seen = 4 * vision.hidden**2 + 3 * vision.hidden * vision.intermediate
+    merged = vision.hidden * vision.merge**2
+    head = merged * merged + merged + merged * vision.out_hidden + vision.out_hidden + vision.hidden
+    biases = vision.depth * (6 * vision.hidden + 2 * vision.intermediate + vision.hidden)
+    return {
+        "language": Weights(text.layers * block, rest),
+        "vision": Weights(vision.depth * seen, biases + head + vision.patch_values * vision.hidden),
+    }
+
+
+def estimate_build(manifest: Manifest, engines: Iterable[EngineSpec], flavour: str) -> Estimate:
+    """What building these engines with ``tensorrt`` or ``tensorrt_rtx`` and then serving them takes."""
+    engines = tuple(engines)
+    geometry = manifest.geometry
+    kind = (manifest.quantization or {}).get("type")
+    weights = {name: part.bytes(manifest.precision, kind) for name, part in count_weights(geometry).items()}
+    blocks = {"vision": geometry.vision.depth, "language": geometry.text.layers}
+    plans = [
+        weights.get(part, 0) + int(PLAN_BYTES_PER_BLOCK * blocks.get(part, 1) * len(engine.profiles))
+        for engine, part in ((engine, Path(engine.graph).stem) for engine in engines)
+    ]
+    factor, base = (
+        (RTX_BUILD_FACTOR, RTX_BUILD_BASE) if flavour == "tensorrt_rtx" else (TRT_BUILD_FACTOR, TRT_BUILD_BASE)
+    )
+    activations = int(max(_activation_bytes(geometry, engine) for engine in engines))
+    return Estimate(
+        weights=sum(weights.values()),
+        plans=sum(plans),
+        build_peak=int(max(plans) * factor + base),
+        activations=activations,
+        serving=int(sum(plans) + activations + SERVING_BASE),
+    )
+
+
+def _activation_bytes(geometry: Geometry, engine: EngineSpec) -> float:
+    """Of the largest shape that any profile of the engine allows."""
+    if engine.graph == SCORER:  # the widened candidates
+        return max(4.0 * prod(profile.ranges["candidates"].max) for profile in engine.profiles)
+    name, width = {
+        VISION: ("patch_mask", geometry.vision.intermediate),
+        LANGUAGE: ("mask", geometry.text.intermediate),
+    }[engine.graph]
+    positions = max(prod(profile.ranges[name].max) for profile in engine.profiles)  # all patches, or b * t
+    return positions * width * ACTIVATION_BYTES_PER_VALUE
+
+
+def available_memory() -> int | None:
+    """Bytes of memory and swap that this machine can still give out, or None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    fields: dict[str, Any] = {line.split(":")[0]: line.split()[1] for line in lines}
+    try:
+        return (int(fields["MemAvailable"]) + int(fields["SwapFree"])) * 1024
+    except (KeyError, ValueError):
+        return None

@@ -1,0 +1,194 @@
+"""Say no before any work: target x TensorRT x precision x quantisation x opset x memory, from the manifest alone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from metaembed.runtime.devices import DEVICES, FIRST_CAPABILITY, FIRST_TENSORRT, Device
+from metaembed.runtime.errors import UsageError
+from metaembed.runtime.manifest import Bundle, Manifest
+
+from .memory import GIB, Estimate, available_memory, estimate_build
+from .onnx_header import read_opset
+from .profiles import EngineSpec
+
+FLAVOURS = ("tensorrt", "tensorrt_rtx")
+OLDEST_TENSORRT, OLDEST_RTX = "10.3", "1.2"
+# The newest opset that the ONNX parser of a release takes (docs/operators.md of each release of onnx/onnx-tensorrt).
+PARSER_OPSETS = (("10.0", 20), ("10.15", 24))
+RTX_OPSET = 24
+# The share of an integrated device's memory that the operating system leaves (a Jetson reports 61.3 of 64 GiB).
+USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What will be built, with what, for what, and what it is expected to take. Made by ``check_target`` only."""
+
+    device: Device
+    flavour: str
+    version: str | None
+    engines: tuple[EngineSpec, ...]
+    estimate: Estimate
+
+    def table(self) -> str:
+        """For people: the target, a line for each engine and profile, and the expected memory."""
+        version = f" {self.version}" if self.version else ""
+        lines = [
+            f"target    {self.device.title}, compute capability {self.device.capability_text}, {self.flavour}{version}"
+        ]
+        for engine in self.engines:
+            lines.append(f"engine    {engine.name}.plan from {engine.graph}")
+            for profile in engine.profiles:
+                spans = (f"{name} {_span(span.min, span.opt, span.max)}" for name, span in profile.ranges.items())
+                lines.append(f"  profile {profile.name}: " + ", ".join(spans))
+        estimate = self.estimate
+        lines.append(
+            f"estimate  plans {gib(estimate.plans)}, build {gib(estimate.build_peak)} of memory, "
+            f"serving {gib(estimate.serving)} ({gib(estimate.activations)} of it activations)"
+        )
+        return "\n".join(lines)
+
+
+def check_target(
+    bundle: Bundle,
+    device: Device,
+    engines: tuple[EngineSpec, ...],
+    *,
+    flavour: str,
+    version: str | None,
+    builds_here: bool = True,
+) -> Preflight:
+    """Check all that can be known before a builder starts.
+
+    Args:
+        flavour: ``tensorrt`` or ``tensorrt_rtx``.
+        version: of the TensorRT that will build, None when it is not known yet (a device kit).
+        builds_here: whether this machine's memory and disk are the ones that matter.
+
+    Raises:
+        UsageError: at least one reason why this cannot work, each with what to do instead.
+    """
+    manifest = bundle.manifest
+    estimate = estimate_build(manifest, engines, flavour)
+    problems = [
+        *_type_problems(manifest, device),
+        *_version_problems(device, flavour, version),
+        *_opset_problems(bundle, engines, flavour, version),
+        *_memory_problems(manifest, device, estimate, flavour, builds_here),
+        *(_disk_problems(bundle, estimate) if builds_here else ()),
+    ]
+    if problems:
+        raise UsageError("; ".join(problems))
+    return Preflight(device, flavour, version, engines, estimate)
+
+
+def check_types(device: Device, precision: str, quantization: str | None = None) -> None:
+    """Refuse a precision or quantisation that a device has no hardware for, before anything is exported or calibrated.
+
+    Raises:
+        UsageError: why, and what to use instead.
+    """
+    problems = list(_missing_types(device, precision, quantization))
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def _type_problems(manifest: Manifest, device: Device) -> Iterator[str]:
+    yield from _missing_types(device, manifest.precision, (manifest.quantization or {}).get("type"))
+
+
+def _missing_types(device: Device, precision: str, quantization: str | None) -> Iterator[str]:
+    advice = {
+        "fp8": "use int8 (--quantize int8), or the bundle without quantisation",
+        "bf16": "export with --precision fp16",
+    }
+    for kind in (precision, quantization):
+        if kind and kind not in device.types:
+            first = FIRST_CAPABILITY[kind]
+            able = [row.name for row in DEVICES if kind in row.types]
+            yield (
+                f"{device.title} has no {kind} hardware (compute capability {device.capability_text}; {kind} starts at "
+                f"{first[0]}.{first[1]}: {', '.join(able[:4])} ...); {advice[kind]}"
+            )
+
+
+def _version_problems(device: Device, flavour: str, version: str | None) -> Iterator[str]:
+    if flavour == "tensorrt_rtx" and not device.builds_ahead:
+        yield (
+            f"TensorRT-RTX has no support for compute capability {device.capability_text} ({device.title}); "
+            f"leave --flavour out to get a device kit"
+        )
+    if version is None:
+        return
+    if flavour == "tensorrt_rtx":
+        if version_key(version) < version_key(OLDEST_RTX):
+            yield f"TensorRT-RTX {version} is older than {OLDEST_RTX}; pip install -U tensorrt-rtx-cu12"
+        return
+    first = FIRST_TENSORRT.get(device.capability, OLDEST_TENSORRT)
+    if version_key(version) < version_key(first):
+        yield f"TensorRT {version} does not know {device.title}; {first} is the first that does"
+
+
+def _opset_problems(
+    bundle: Bundle, engines: tuple[EngineSpec, ...], flavour: str, version: str | None
+) -> Iterator[str]:
+    most = RTX_OPSET if flavour == "tensorrt_rtx" else newest_opset(version or OLDEST_TENSORRT)
+    label = f"TensorRT {version or OLDEST_TENSORRT}" if flavour == "tensorrt" else "TensorRT-RTX"
+    for graph in sorted({engine.graph for engine in engines}):
+        opset = read_opset(bundle.path(graph))
+        if opset > most:
+            yield f"{graph} uses opset {opset}, and the parser of {label} takes {most}; export with a lower opset"
+
+
+def newest_opset(version: str) -> int:
+    """The newest opset that this TensorRT's parser takes."""
+    return max((opset for first, opset in PARSER_OPSETS if version_key(version) >= version_key(first)), default=0)
+
+
+def _memory_problems(
+    manifest: Manifest, device: Device, estimate: Estimate, flavour: str, builds_here: bool
+) -> Iterator[str]:
+    usable = device.memory_gib * GIB * (USABLE if device.integrated else 1.0)
+    if estimate.serving > usable:
+        yield (
+            f"serving takes about {gib(estimate.serving)} and {device.title} has {gib(usable)}; "
+            f"{_savings(manifest, 'a smaller --max-batch')}"
+        )
+        return
+    on_device = flavour == "tensorrt"
+    limit = available_memory() if builds_here else usable if on_device and device.integrated else None
+    if limit is not None and estimate.build_peak > limit:
+        where = "this machine" if builds_here else device.title
+        yield (
+            f"the build takes about {gib(estimate.build_peak)} and {where} has {gib(limit)} free; "
+            f"{_savings(manifest, 'add swap')}"
+        )
+
+
+def _savings(manifest: Manifest, last: str) -> str:
+    options = [] if manifest.quantization else ["quantise to INT8 (metaembed-calibrate --quantize int8)"]
+    options += ["export with fewer --max-image-tokens", "use --layout separate with one --side", last]
+    return f"options: {', '.join(options)}"
+
+
+def _disk_problems(bundle: Bundle, estimate: Estimate) -> Iterator[str]:
+    free = shutil.disk_usage(bundle.folder).free
+    if estimate.plans > free:
+        yield f"the plans take about {gib(estimate.plans)} and {bundle.folder} has {gib(free)} free; free some space"
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """Sortable form of a version: numbers only, ``10.13.0.35`` after ``10.3``."""
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def gib(amount: float) -> str:
+    return f"{amount / GIB:.1f} GiB" if amount >= GIB / 2 else f"{amount / (1 << 20):.0f} MiB"
+
+
+def _span(low: tuple[int, ...], best: tuple[int, ...], high: tuple[int, ...]) -> str:
+    return "-".join("x".join(map(str, shape)) for shape in (low, best, high))

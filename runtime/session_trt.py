@@ -1,0 +1,205 @@
+"""Sessions over TensorRT and TensorRT-RTX. The only file of the runtime that imports either.
+
+One stream serves all sessions of an encoder, so that what one enqueues another can read without waiting. A plan is
+deserialised only after its SHA-256 is found equal to the one that bundle.json keeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import logging
+import mmap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .cuda import find_gpu
+from .device_buffers import Gpu, Shape
+from .engines import EngineSet, choose_engines, read_engine_sets, vouched_plan
+from .errors import BundleError, UsageError
+from .manifest import VISION, Bundle, FileRecord
+from .session import Session
+from .trt_engine import EngineRunner, dims
+
+log = logging.getLogger(__name__)
+FLAVOURS = ("tensorrt", "tensorrt_rtx")  # import names, the faster first
+
+
+def installed_flavours() -> dict[str, str]:
+    """Import name -> version of each TensorRT that can be imported here."""
+    found = {}
+    for name in FLAVOURS:
+        if importlib.util.find_spec(name):
+            try:
+                found[name] = str(importlib.import_module(name).__version__)
+            except (ImportError, OSError) as error:  # a wheel without its libraries, a library without its driver
+                log.warning("%s is installed and cannot be imported: %s", name, error)
+    return found
+
+
+def open_trt_sessions(bundle: Bundle, graphs: Iterable[str], *, cuda_graphs: bool = False) -> list[Session] | None:
+    """A session for each graph on the bundle's engines for this GPU; None when there is no GPU or no engine at all.
+
+    The vision session leaves its output on the GPU, where the language session reads it.
+
+    Raises:
+        BundleError: the bundle has engines, but none that may be loaded here; the sentence says what builds them.
+    """
+    gpu = find_gpu() if read_engine_sets(bundle) else None
+    found = choose_engines(bundle, gpu.capability, installed_flavours()) if gpu else None
+    if gpu is None or found is None:
+        return None
+    trt = importlib.import_module(found.flavour)
+    stream = SharedStream(gpu)
+    return [
+        TrtSession(
+            [load_engine(trt, bundle, plan) for plan in _plans(found, graph)],
+            gpu=gpu,
+            stream=stream,
+            label=f"{'TensorRT-RTX' if found.flavour == 'tensorrt_rtx' else 'TensorRT'} {found.version} ({gpu.name})",
+            keep_on_device=graph == VISION,
+            cuda_graphs=cuda_graphs,
+        )
+        for graph in graphs
+    ]
+
+
+def _plans(found: EngineSet, graph: str) -> tuple[str, ...]:
+    if graph not in found.plans:
+        raise BundleError(f"the engines for {found.target} lack {graph}; build with: {found.rebuild}")
+    return found.plans[graph]
+
+
+def load_engine(trt: Any, bundle: Bundle, name: str) -> Any:
+    """Deserialise a plan that the manifest vouches for.
+
+    Raises:
+        BundleError: the file is not the one that bundle.json describes, or TensorRT refuses it.
+    """
+    record, path = vouched_plan(bundle, name), bundle.path(name)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        _check_plan(path, plan, record)
+        runtime = trt.Runtime(_logger(trt))
+        engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BundleError(f"TensorRT {trt.__version__} refuses {path}; build with: metaembed-build {bundle.folder} -f")
+    return engine
+
+
+def _check_plan(path: Path, plan: mmap.mmap, record: FileRecord) -> None:
+    """Checked again here although opening the bundle checked it: that may have been switched off, or long ago."""
+    if len(plan) != record.bytes or hashlib.sha256(plan).hexdigest() != record.sha256:
+        raise BundleError(f"{path} has changed since it was built (SHA-256); build it again, never load it")
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            serious = severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
+            log.log(logging.ERROR if serious else logging.DEBUG, "%s", message)
+
+    return Logger()
+
+
+class SharedStream:
+    """One CUDA stream, destroyed when the last session that holds it closes."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self.handle = gpu.create_stream()
+        self._users = 0
+
+    def take(self) -> int:
+        self._users += 1
+        return self.handle
+
+    def give_back(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            self._gpu.destroy_stream(self.handle)
+
+
+class TrtSession:
+    """The engines of one graph: one that serves all shapes, or several that share them out (``--layout separate``).
+
+    Buffers are kept between runs. Outputs are copied to the caller, unless ``keep_on_device``: then they are
+    ``DeviceArray`` and valid until the next run. With ``cuda_graphs`` the second run of a shape is recorded and later
+    ones replay it, which saves launch time where shapes repeat.
+
+    Raises:
+        UsageError: a shape that no profile covers, a wrong name or type, or a closed session.
+    """
+
+    def __init__(
+        self,
+        engines: list[Any],
+        *,
+        gpu: Gpu,
+        stream: SharedStream,
+        label: str,
+        keep_on_device: bool = False,
+        cuda_graphs: bool = False,
+    ) -> None:
+        self.description = label
+        self._gpu, self._stream = gpu, stream
+        self._keep = keep_on_device
+        self._handle = stream.take()
+        self._engines = [EngineRunner(engine, gpu, self._handle, cuda_graphs) for engine in engines]
+
+    @property
+    def inputs(self) -> Mapping[str, np.dtype[Any]]:
+        return self._engines[0].inputs if self._engines else {}
+
+    @property
+    def max_items(self) -> int:
+        """The largest first dimension that any engine takes: more items must come in several batches."""
+        return max(engine.max_items for engine in self._engines)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        if not self._engines:
+            raise UsageError("this session is closed")
+        self._gpu.use()
+        shapes = {name: tuple(value.shape) for name, value in feeds.items()}
+        fitting = [(engine, profile) for engine in self._engines for profile in engine.fitting(shapes)]
+        if not fitting:
+            raise UsageError(_no_profile(shapes, self._engines))
+        engine, profile = min(fitting, key=lambda pair: pair[1].distance(shapes))
+        outputs = engine.run(profile.index, feeds, shapes)
+        if self._keep:
+            return outputs
+        return engine.fetch(outputs)
+
+    def close(self) -> None:
+        """Free engines, buffers and, with the last session, the stream."""
+        if self._engines:
+            self._gpu.use()
+            for engine in self._engines:
+                engine.close()
+            self._engines = []
+            self._stream.give_back()
+
+    def __enter__(self) -> TrtSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _no_profile(shapes: Mapping[str, Shape], engines: list[EngineRunner]) -> str:
+    asked = ", ".join(f"{name} {dims(shape)}" for name, shape in shapes.items())
+    most = max(engine.max_items for engine in engines)
+    covered = "; or ".join(profile.describe() for engine in engines for profile in engine.profiles)
+    return (
+        f"no optimisation profile covers {asked}; the engines cover {covered} (at most {most} items at once: use a "
+        f"smaller batch_size, or build with a larger --max-batch)"
+    )

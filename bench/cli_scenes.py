@@ -7,7 +7,7 @@ from pathlib import Path
 
 from metaembed.runtime.errors import UsageError
 
-SPLITS = ("train", "validation", "test")
+from .scenes import SPLITS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--queries", type=int, nargs=3, default=(500, 200, 200), metavar=("TEXT", "IMAGE", "BOTH"),
         help="text, image, and image+text queries (default: 500 200 200)",
     )  # fmt: skip
-    parser.add_argument("--varied", type=float, default=0.25, help="share of pages of varied size (default: %(default)s)")
+    parser.add_argument(
+        "--varied", type=float, default=0.25, help="share of pages of varied size (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("-f", "--force", action="store_true", help="replace DIR")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -66,16 +67,20 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _restore(parts: list[Tensor], batches: list[list[int]]) -> Tensor:
-    return torch.cat(parts)[torch.tensor(sum(batches, [])).argsort()]
+    return torch.cat(parts)[torch.tensor([*chain.from_iterable(batches)]).argsort()]
 
 
 def score_split(queries: Tensor, candidates: Tensor, group: Group) -> np.ndarray:
     """(n, m) mean MaxSim at a budget, queries a few at a time."""
-    parts = (group_scores(similarities(part[:, : group[0]], candidates[:, : group[1]]), group) for part in queries.split(10))
+    parts = (
+        group_scores(similarities(part[:, : group[0]], candidates[:, : group[1]]), group) for part in queries.split(10)
+    )
     return torch.cat(list(parts)).numpy()
 
 
-def measure(split: Split, queries: Tensor, candidates: Tensor, groups: Sequence[Group] = TRAINED_GROUPS) -> list[dict[str, Any]]:
+def measure(
+    split: Split, queries: Tensor, candidates: Tensor, groups: Sequence[Group] = TRAINED_GROUPS
+) -> list[dict[str, Any]]:
     """One record for each budget and set of queries: nDCG@5, recall@1, recall@10 and MRR."""
     relevant = [split.relevant(query) for query in split.queries]
     return [

@@ -17,7 +17,7 @@ from .scenes_render import render
 
 
 def write_split(split: Split, folder: Path, *, force: bool = False, quiet: bool = False) -> None:
-    """Write pages/*.png, query_pages/*.png, corpus.jsonl, queries.jsonl and qrels.tsv; the folder appears whole or not at all.
+    """Write pages/*.png, query_pages/*.png, corpus.jsonl, queries.jsonl and qrels.tsv; all of the folder or nothing.
 
     A corpus line says what its page shows, item by item, boxes in px; an image's path is relative to the folder.
     """
@@ -52,7 +52,11 @@ def _write_all(split: Split, folder: Path, quiet: bool) -> None:
 
 def _corpus_line(k: int, scene: Scene) -> dict[str, Any]:
     items = [
-        {"symbol": WORDS[item.symbol], "colour": COLOUR_WORDS[item.colour], "box": [item.left, item.top, item.size, item.size]}
+        {
+            "symbol": WORDS[item.symbol],
+            "colour": COLOUR_WORDS[item.colour],
+            "box": [item.left, item.top, item.size, item.size],
+        }
         for item in scene.items
     ]
     return {"_id": _page_id(k), "image": _page(k), "width": scene.width, "height": scene.height, "items": items}

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scenes import COLOUR_WORDS, WORDS, Pair, Scene, allowed_pairs, held_out_pairs, place_items, sample_scene, split_generator
+from .scenes import (
+    COLOUR_WORDS,
+    WORDS,
+    Pair,
+    Scene,
+    allowed_pairs,
+    held_out_pairs,
+    place_items,
+    sample_scene,
+    split_generator,
+)
 
 KINDS = ("text", "image", "image+text")
 PAGE_SIDE = 84  # px of a query's page
@@ -15,7 +25,7 @@ PAGE_SIDE = 84  # px of a query's page
 
 @dataclass(frozen=True)
 class Query:
-    """Asks for the scenes that hold all of ``pairs``, in words (``text``), by showing them (``page``), or half and half."""
+    """Asks for the scenes that hold all of ``pairs``: in words (``text``), by showing them (``page``), or by both."""
 
     pairs: frozenset[Pair]
     text: str | None

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from metaembed.export import staging
 from metaembed.export.staging import check_output, staged_folder
 from metaembed.runtime.errors import UsageError

@@ -11,6 +11,10 @@ from metaembed.runtime.command import Parser, run_command
 # Subcommand -> (module with add_arguments(parser) and work(args), one line of help). Imported only when asked for.
 COMMANDS = {
     "scenes": ("cli_scenes", "write symbol scenes as a folder of PNG pages with queries and relevance judgements"),
+    "demo-quality": (
+        "cli_demo_quality",
+        "nDCG@5, recall and MRR of a demo checkpoint on symbol scenes, at every budget",
+    ),
     "train": ("cli_train", "train the demo model from scratch"),
 }
 

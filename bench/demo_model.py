@@ -56,7 +56,7 @@ def build_config() -> dict[str, Any]:
         "num_key_value_heads": 2,
         "pad_token_id": ids["<|endoftext|>"],
         "rms_norm_eps": 1e-6,
-        # Base 100 instead of 1e6: with 16 frequencies a head, 1e6 would leave the column of an image cell all but unmarked.
+        # Base 100, not 1e6: with 16 frequencies a head, 1e6 would leave the column of an image cell all but unmarked.
         "rope_parameters": {"mrope_section": [4, 6, 6], "rope_theta": 100.0, "rope_type": "default"},
         "sliding_window": None,
         "use_cache": True,
@@ -102,7 +102,7 @@ def build_config() -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write the whole checkpoint folder but its README; weights by Hugging Face's names, prompt_embed_tokens included."""
+    """Write the checkpoint folder but its README; weights by Hugging Face's names, prompt_embed_tokens included."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(build_config(), indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _restore(parts: list[Tensor], batches: list[list[int]]) -> Tensor:
-    return torch.cat(parts)[torch.tensor(sum(batches, [])).argsort()]
+    return torch.cat(parts)[torch.tensor([*chain.from_iterable(batches)]).argsort()]
 
 
 def score_split(queries: Tensor, candidates: Tensor, group: Group) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The demo model's tokenizer: Qwen2's byte-level BPE with a vocabulary of some 600 entries.
 
-Every byte is a token, so any Unicode text tokenises; merges make each word of the symbol scenes, with its leading space, one
+Every byte is a token, so any Unicode text tokenises; merges make each word of the scenes, with its leading space, one
 token. Pre-tokenisation, normalisation (NFC) and special tokens are Qwen2.5-VL's.
 """
 
@@ -15,8 +15,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from .scenes import COLOUR_WORDS, WORDS
 
 SPECIAL_TOKENS = (  # Qwen2.5-VL's first fourteen added tokens, in its order
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-    "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 # Qwen2's split: contractions, words with one leading mark, single digits, punctuation, line ends, spaces.
 QWEN_SPLIT = (
@@ -55,12 +56,8 @@ def write_tokenizer(folder: Path) -> None:
     """Write tokenizer.json and the tokenizer_config.json that makes Hugging Face open it as Qwen2's."""
     tokenizer = build_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
-    added = {
-        str(tokenizer.token_to_id(text)): {
-            "content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True,
-        }
-        for text in SPECIAL_TOKENS
-    }  # fmt: skip
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    added = {str(tokenizer.token_to_id(text)): {"content": text, **flags, "special": True} for text in SPECIAL_TOKENS}
     config = {
         "add_bos_token": False,
         "add_prefix_space": False,

@@ -10,7 +10,7 @@ Relevant = Sequence[Collection[int]]
 
 
 def ndcg(scores: np.ndarray, relevant: Relevant, cutoff: int = 5) -> float:
-    """Mean nDCG at the cutoff: gain 1 over log2(rank + 1), divided by the best possible (Jarvelin and Kekalainen, 2002).
+    """Mean nDCG at the cutoff: gain 1 over log2(rank + 1), over the best possible (Jarvelin and Kekalainen, 2002).
 
     Args:
         scores: (queries, candidates), higher is better.

@@ -1,7 +1,7 @@
 """Symbol scenes: pages with several coloured Unicode symbols, and queries that name or show some of them.
 
-Everything follows from a seed. Three splits share the 64 symbols and 8 colours but not all their 512 pairs: each symbol keeps
-one colour back, 48 such pairs for the test split and 16 for validation, and training sees neither.
+Everything follows from a seed. Three splits share the 64 symbols and 8 colours but not all their 512 pairs: each symbol
+keeps one colour back, 48 such pairs for the test split and 16 for validation, and training sees neither.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 # A word of each symbol's Unicode name stands for it: "☂" is U+2602 UMBRELLA.
-SYMBOLS = dict(
-    pair.split(":")
-    for pair in """
-    ☀:sun ☁:cloud ☂:umbrella ☃:snowman ☄:comet ★:star ☎:telephone ☘:shamrock ☠:skull ☣:biohazard ☤:caduceus ☥:ankh ☾:moon
-    ☸:wheel ☺:face ♚:king ♛:queen ♜:rook ♞:knight ♟:pawn ♠:spade ♣:club ♥:heart ♦:diamond ♪:note ♿:wheelchair ⚑:flag ⚓:anchor
-    ⚗:alembic ⚘:flower ⚙:gear ⚛:atom ⚰:coffin ⚱:urn ✈:airplane ✉:envelope ✏:pencil ✒:nib ✱:asterisk ❄:snowflake ⌂:house
-    ⌨:keyboard ■:square ▬:rectangle ▰:parallelogram ◉:fisheye ▲:triangle ⬟:pentagon ✌:hand ➤:arrowhead ☑:ballot ✔:check
-    ✚:cross ♄:saturn ☿:mercury ♆:neptune ♈:aries ♉:taurus ♊:gemini ♌:leo √:root ∫:integral ☕:beverage ⚒:hammer
-    """.split()
-)
+SYMBOLS = {
+    "☀": "sun", "☁": "cloud", "☂": "umbrella", "☃": "snowman", "☄": "comet", "★": "star", "☎": "telephone",
+    "☘": "shamrock", "☠": "skull", "☣": "biohazard", "☤": "caduceus", "☥": "ankh", "☾": "moon", "☸": "wheel",
+    "☺": "face", "♚": "king", "♛": "queen", "♜": "rook", "♞": "knight", "♟": "pawn", "♠": "spade", "♣": "club",
+    "♥": "heart", "♦": "diamond", "♪": "note", "♿": "wheelchair", "⚑": "flag", "⚓": "anchor", "⚗": "alembic",
+    "⚘": "flower", "⚙": "gear", "⚛": "atom", "⚰": "coffin", "⚱": "urn", "✈": "airplane", "✉": "envelope",
+    "✏": "pencil", "✒": "nib", "✱": "asterisk", "❄": "snowflake", "⌂": "house", "⌨": "keyboard", "■": "square",
+    "▬": "rectangle", "▰": "parallelogram", "◉": "fisheye", "▲": "triangle", "⬟": "pentagon", "✌": "hand",
+    "➤": "arrowhead", "☑": "ballot", "✔": "check", "✚": "cross", "♄": "saturn", "☿": "mercury", "♆": "neptune",
+    "♈": "aries", "♉": "taurus", "♊": "gemini", "♌": "leo", "√": "root", "∫": "integral", "☕": "beverage",
+    "⚒": "hammer",
+}  # fmt: skip
 COLOURS = {
     "red": (214, 30, 36),
     "orange": (244, 140, 16),
@@ -72,6 +74,10 @@ class Scene:
     items: tuple[Item, ...]
 
     @property
+    def area(self) -> int:
+        return self.width * self.height
+
+    @property
     def pairs(self) -> frozenset[Pair]:
         return frozenset(item.pair for item in self.items)
 
@@ -105,7 +111,7 @@ def sample_scene(rng: np.random.Generator, pairs: Sequence[Pair], *, varied: boo
 def place_items(rng: np.random.Generator, pairs: Sequence[Pair], width: int, height: int) -> Scene:
     """Put each pair into a cell of its own, at a random size and place within the cell.
 
-    Cells are the page cut evenly into the rows and columns that its sides hold at about 28 px: one image embedding sees one cell.
+    The page is cut evenly into rows and columns of about 28 px, so that an image embedding sees one cell.
     """
     rows, columns = round(height / CELL), round(width / CELL)
     tall, wide = height / rows, width / columns

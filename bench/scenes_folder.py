@@ -17,7 +17,7 @@ from .scenes_render import render
 
 
 def write_split(split: Split, folder: Path, *, force: bool = False, quiet: bool = False) -> None:
-    """Write pages/*.png, query_pages/*.png, corpus.jsonl, queries.jsonl and qrels.tsv; the folder appears whole or not at all.
+    """Write pages/*.png, query_pages/*.png, corpus.jsonl, queries.jsonl and qrels.tsv; all of the folder or nothing.
 
     A corpus line says what its page shows, item by item, boxes in px; an image's path is relative to the folder.
     """

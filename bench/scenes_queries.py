@@ -25,7 +25,7 @@ PAGE_SIDE = 84  # px of a query's page
 
 @dataclass(frozen=True)
 class Query:
-    """Asks for the scenes that hold all of ``pairs``, in words (``text``), by showing them (``page``), or half and half."""
+    """Asks for the scenes that hold all of ``pairs``: in words (``text``), by showing them (``page``), or by both."""
 
     pairs: frozenset[Pair]
     text: str | None

@@ -8,9 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from metaembed.runtime.images import ImageRules, patchify, smart_resize
 from metaembed.runtime.layout import (
     LanguageInputs,
     VisionInputs,
@@ -19,17 +19,18 @@ from metaembed.runtime.layout import (
     lay_out_prompts,
     query_meta_tokens,
 )
+from metaembed.runtime.text import IMAGE_TOKEN as IMAGE_PAD
+from metaembed.runtime.text import Template
 
-from .demo_model import CANDIDATE_TOKENS, IMAGE_MEAN, IMAGE_STD, QUERY_TOKENS, build_config
+from .demo_model import CANDIDATE_TOKENS, PREPROCESSOR, QUERY_TOKENS, build_config
 from .demo_tokenizer import build_tokenizer
 from .scenes import Scene
 from .scenes_queries import Query
 from .scenes_render import render
 
-UNIT = 28  # px: a merged unit, one image embedding
 VOCABULARY: int = build_config()["text_config"]["vocab_size"]
 IMAGE_TOKEN: int = build_config()["image_token_id"]
-TOKENIZER = build_tokenizer()
+TOKENIZER, TEMPLATE, RULES = build_tokenizer(), Template(), ImageRules.from_config(PREPROCESSOR, 1024)
 
 Grid = tuple[int, int]
 
@@ -43,25 +44,14 @@ class Prompt:
 
 
 def scene_grid(scene: Scene) -> Grid:
-    """(rows, columns) of patches: Qwen rounds each side to a multiple of 28 px (no page here meets the pixel limits)."""
-    return 2 * round(scene.height / UNIT), 2 * round(scene.width / UNIT)
+    """(rows, columns) of patches."""
+    height, width = smart_resize(scene.height, scene.width, RULES)
+    return height // RULES.patch_size, width // RULES.patch_size
 
 
 def scene_patches(scene: Scene) -> np.ndarray:
     """Normalised pixel values [p, 1176] of the drawn page, in Qwen's patch order."""
-    rows, columns = scene_grid(scene)
-    page = render(scene)
-    if page.size != (14 * columns, 14 * rows):
-        page = page.resize((14 * columns, 14 * rows), Image.Resampling.BICUBIC)
-    values = np.asarray(page, np.float32) * _SCALE + _OFFSET  # (height, width, channel)
-    values = values.reshape(rows // 2, 2, 14, columns // 2, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    return np.repeat(values[:, :, :, :, :, None], 2, axis=5).reshape(
-        rows * columns, -1
-    )  # a still image: two equal frames
-
-
-_SCALE = (1 / 255 / np.array(IMAGE_STD)).astype(np.float32)
-_OFFSET = (-np.array(IMAGE_MEAN) / np.array(IMAGE_STD)).astype(np.float32)
+    return patchify(render(scene), RULES).pixels
 
 
 def lay_out_scenes(scenes: Sequence[Scene]) -> VisionInputs:
@@ -87,10 +77,9 @@ def _units(scene: Scene) -> int:
 
 @lru_cache(maxsize=200_000)
 def _tokens(text: str | None, units: int, *, query: bool) -> np.ndarray:
-    image = f"<|vision_start|>{'<|image_pad|>' * units}<|vision_end|>" if units else ""
-    body = f"{'Query: ' if query else ''}{'Describe the image.' if text is None else text}"
-    tail = "<|endoftext|>" * 10 + "\n" if query else ""
-    ids = TOKENIZER.encode(f"<|im_start|>user\n{image}{body}<|im_end|><|endoftext|>{tail}").ids
+    before, after = TEMPLATE.around("query" if query else "candidate", with_image=units > 0)
+    images = IMAGE_PAD * units
+    ids = TOKENIZER.encode(before.replace(IMAGE_PAD, images) + (text or TEMPLATE.image_alone) + after).ids
     return np.array(ids, np.int64)
 
 

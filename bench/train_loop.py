@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from metaembed.runtime.command import progress
+from tqdm import tqdm
 
 SAVE_EVERY = 100  # steps
 LOG_EVERY = 25  # steps
@@ -28,7 +27,8 @@ Check = Callable[[], "dict[str, Any]"]
 class Stage:
     """One stage of the recipe: AdamW to ``peak_rate`` and down a half cosine to zero.
 
-    ``step(rng, number)`` returns a loss and numbers to log; ``check()`` is called every ``check_every`` steps and at the end.
+    ``step(rng, number)`` returns a loss and numbers to log; ``check()`` is called every ``check_every``
+    steps and at the end.
     """
 
     name: str
@@ -55,7 +55,8 @@ class Run:
         optimiser = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.01)
         first = self._resume(stage, model, optimiser)
         begun = time.monotonic()
-        bar = progress(range(first, stage.steps), stage.name, total=stage.steps, initial=first, quiet=self.quiet)
+        hidden = True if self.quiet else None  # None: shown on a terminal only
+        bar = tqdm(range(first, stage.steps), stage.name, stage.steps, initial=first, disable=hidden, leave=False)
         for number in bar:
             for group in optimiser.param_groups:
                 group["lr"] = stage.rate(number)

@@ -29,8 +29,8 @@ def group_scores(similar: Tensor, group: Group) -> Tensor:
 def contrastive_loss(scores: Tensor, relevant: Tensor) -> Tensor:
     """InfoNCE of scores (n, m), each relevant pair against all irrelevant candidates of its query.
 
-    -log(e^p / (e^p + sum of e^n)) = softplus(log(sum of e^n) - p), averaged over the relevant pairs of each query: other
-    relevant candidates are left out of the denominator. A query without relevant candidates (relevant: bool (n, m)) adds nothing.
+    -log(e^p / (e^p + sum of e^n)) = softplus(log(sum of e^n) - p), averaged over the relevant pairs of each query;
+    other relevant candidates are left out of the denominator. relevant: bool (n, m); a row without any adds nothing.
     """
     logits = scores / TEMPERATURE
     against = logits.masked_fill(relevant, -1e4).logsumexp(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The demo model as it trains: the project's own encoder modules, so that training also exercises the cut for export."""
+"""The demo model as it trains: the project's own encoder modules, so that training exercises the cut for export too."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class DemoModel(nn.Module):
         return {**self.vision.state_dict(), **self.language.state_dict()}
 
     def load_checkpoint(self, weights: dict[str, Tensor]) -> None:
-        """Load strictly what ``checkpoint`` names."""
+        """Load strictly what ``checkpoint`` names (KeyError, RuntimeError, ValueError: names or shapes differ)."""
         for part in (self.vision, self.language):
             part.load_state_dict({name: weights[name] for name in part.state_dict()})
         unknown = weights.keys() - self.checkpoint().keys()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
@@ -233,6 +234,27 @@ def _sha256(file: BinaryIO) -> str:
 def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
     """Size and SHA-256 of files in a folder, by name."""
     return {name: FileRecord.of(folder / name) for name in names}
+
+
+def write_manifest(folder: Path, manifest: Manifest, skip: Sequence[str] = ()) -> Manifest:
+    """Record every file of the folder, those in subfolders ``skip`` aside, and write bundle.json; returns it."""
+    relative = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    names = [path.as_posix() for path in relative if path.parts[0] not in (MANIFEST, *skip)]
+    manifest = replace(manifest, files=record_files(folder, names))
+    save_manifest(folder, manifest)
+    return manifest
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace bundle.json in one step."""
+    part = folder / f".{MANIFEST}.{os.getpid()}.part"
+    part.write_text(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(folder / MANIFEST)
+
+
+def cpu_graph(graph: str) -> str:
+    """Name of the float32 twin of a bf16 or fp16 graph: ``language.onnx`` -> ``language.cpu.onnx``."""
+    return graph.replace(".onnx", ".cpu.onnx")
 
 
 def _check_place(folder: Path, name: str) -> None:

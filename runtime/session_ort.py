@@ -76,6 +76,10 @@ class OrtSession:
     def inputs(self) -> Mapping[str, np.dtype[Any]]:
         return self._inputs
 
+    @property
+    def max_items(self) -> int | None:
+        return None
+
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         if self._session is None:
             raise UsageError("this session is closed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,6 @@ import onnx_ir as ir
 
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.check import Check
-from metaembed.runtime.errors import BundleError
 from metaembed.runtime.images import ImageRules
 from metaembed.runtime.manifest import (
     LANGUAGE,
@@ -33,7 +31,7 @@ from metaembed.runtime.tensors import parameter_count
 from metaembed.runtime.text import Template, Tokenizer
 from metaembed.runtime.weights import place_file
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .graph import WeightRef, attach_weights, check_operators, save_graph, widen_for_cpu
 from .models import ResolvedModel
 from .source import Source, convert_weights, open_source
@@ -202,9 +200,5 @@ def _write_assets(request: ExportRequest, source: Source, folder: Path) -> None:
     """Tokenizer and image rules, read back at once: a damaged one should not be found after minutes of tracing."""
     shutil.copyfile(source.asset(TOKENIZER), folder / TOKENIZER)
     Tokenizer(folder / TOKENIZER, Template())
-    path = source.asset("preprocessor_config.json")
-    try:
-        config: Any = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BundleError(f"{path} is not JSON ({error})") from None
+    config = read_json(source.asset("preprocessor_config.json"))
     write_image_rules(ImageRules.from_config(config, request.limits.image_tokens), folder / PROCESSOR)

@@ -320,4 +320,3 @@ def test_every_device_has_a_route_without_a_gpu():
         "h100",
         "h200",
     }
-

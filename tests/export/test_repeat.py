@@ -13,7 +13,6 @@ import onnx_ir as ir
 import pytest
 
 from metaembed.export.repeat import repeat_layers
-from metaembed.export.trace import trace_whole_language
 from metaembed.runtime.errors import BundleError
 
 PRECISIONS = ("fp32", "bf16")

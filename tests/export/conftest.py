@@ -82,12 +82,12 @@ class Deep:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
         self.trace = cache(self._trace)
+        self.weights = cache(self._weights)
 
     def _trace(self, name: str, precision: str, whole: bool = False):
         return getattr(trace, f"trace_{'whole_' if whole else ''}{name}")(self.geometry, precision)
 
-    @cache
-    def weights(self, dtype: str) -> Checkpoint:
+    def _weights(self, dtype: str) -> Checkpoint:
         return write_random_checkpoint(self.config, 7, self.folder / dtype, dtype=dtype)
 
     def save(self, name: str, precision: str, stored: str, *, whole: bool = False) -> Path:

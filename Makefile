@@ -11,8 +11,8 @@ SOURCES := $(shell find runtime export calibration bench -type f -not -name '*.p
 
 demo: $(VENV)/package
 	$(BIN)/metaembed-export --model demo --budget 8,16 -o demo-out/bundle -f
-	$(BIN)/metaembed-bench scenes -o demo-out/pages --split test --count 200 -f
-	$(BIN)/metaembed-search demo-out/bundle "a red umbrella" --images demo-out/pages/corpus -k 5
+	$(BIN)/metaembed-bench scenes -o demo-out/pages --split test --count 300 -f
+	$(BIN)/metaembed-search demo-out/bundle "a red umbrella" --images demo-out/pages/pages -k 5
 
 test: $(VENV)/package
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -10,8 +10,16 @@ from typing import Any
 
 from metaembed.runtime.budget import parse_budgets
 from metaembed.runtime.command import Parser, byte_bar, progress, run_command
+from metaembed.runtime.devices import DEVICES, find_device
 from metaembed.runtime.manifest import Limits
+from metaembed.runtime.plan import make_plan
+from metaembed.runtime.plan_report import describe, describe_fits
 from metaembed.runtime.staging import check_output
+
+from .cli_build import main as build
+from .preflight import check_types
+
+CANDIDATES = 100_000  # the corpus that a dry run sizes an index for
 
 DESCRIPTION = """Export a MetaEmbed checkpoint to a bundle: ONNX graphs, one set of weights, tokenizer and golden vectors.
 The bundle is judged against Hugging Face's model before it gets its name."""
@@ -19,6 +27,7 @@ EPILOG = """examples:
   metaembed-export --model demo --budget 8,16 -o out
   metaembed-export --model 7b --base ./Qwen2.5-VL-7B --adapter ./my-metaembed --budget all --precision bf16 -o out
   metaembed-export --model 7b --random-weights 0 --budget 8,16 --no-parity -o rehearsal
+  metaembed-export --model 7b --budget all --dry-run
 """
 
 
@@ -42,6 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="largest image, in visual tokens (default: 1024)",
     )
     add("--max-text-tokens", type=int, default=512, metavar="N", help="longer user text is cut (default: 512)")
+    add(
+        "--target",
+        action="append",
+        metavar="DEVICE",
+        help="also build TensorRT engines: a100, orin, l4 ...; repeatable",
+    )
+    add("--dry-run", action="store_true", help="check the request and print what it takes; write nothing")
+    add("--parity", choices=("full", "quick"), help="inputs to judge on (default: full; quick from 1e9 parameters on)")
     add("--no-parity", action="store_true", help="skip the comparison with Hugging Face; the bundle says 'unverified'")
     parser.add_common()
     return run_command(parser, run, argv)
@@ -55,6 +72,15 @@ def run(args: argparse.Namespace) -> int:
     budgets = parse_budgets(args.budget, geometry.query_tokens, geometry.candidate_tokens)
     limits = Limits(args.max_image_tokens, args.max_text_tokens)
     output = args.output or Path(f"{Path(model.name).name}-bundle")
+    devices = [find_device(name) for name in args.target or ()]
+    for device in devices:
+        check_types(device, args.precision)
+    if args.dry_run:
+        plan = make_plan(model.name, geometry, budgets, CANDIDATES, max_image_tokens=limits.image_tokens)
+        found = "random weights" if args.random_weights is not None else model.base or "none were found"
+        print(f"graphs: vision.onnx, language.onnx, one set of weights ({found})\n{describe(plan)}")
+        print(describe_fits(plan, devices or DEVICES))
+        return 0
     check_output(output, force=args.force)
     if args.random_weights is None:
         model.require_base()
@@ -68,13 +94,14 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         parity=not args.no_parity,
         random_seed=args.random_weights,
+        parity_inputs=args.parity,
     )
     check = export_bundle(request, output, force=args.force, progress=TerminalProgress(quiet=args.quiet))
     if check is not None and not args.quiet:
         print(check.table())
     served = " ".join(map(str, budgets))
     print(f"{output}: budgets {served}; {'parity passed' if check else 'unverified (parity was skipped)'}")
-    return 0
+    return build([str(output), *(f"--target={device.name}" for device in devices)]) if devices else 0
 
 
 class TerminalProgress:

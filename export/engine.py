@@ -22,7 +22,7 @@ from typing import Any
 
 from metaembed.runtime.engines import BUILD_RECORD, ENGINES_FORMAT, ENGINES_VERSION, engines_folder
 from metaembed.runtime.errors import MetaEmbedError, UsageError
-from metaembed.runtime.manifest import MANIFEST, Bundle, FileRecord, Manifest, record_files
+from metaembed.runtime.manifest import Bundle, FileRecord, Manifest, record_files, save_manifest
 
 from .engine_commands import polygraphy_command, trtexec_command
 from .preflight import Preflight, gib
@@ -223,11 +223,14 @@ def _failure(code: int, events: dict[str, Event], early: str, log: Path, peak: i
     return f"the builder refused the graph: {_first_error(log) or events.get('failed', {}).get('reason')}; log: {log}"
 
 
+NODE_DUMP = ("Begin node", "End node", "While parsing")  # the parser prints the node that it failed at, line by line
+
+
 def _first_error(log: Path) -> str | None:
-    """The first error line of a Polygraphy log, without its marker; node dumps are skipped."""
+    """The first error of a Polygraphy log that says something, without its marker."""
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         text = line.strip()
-        if text.startswith("[E]") and "Begin node" not in text and "While parsing" not in text:
+        if text.startswith("[E]") and not any(part in text for part in NODE_DUMP):
             return text.removeprefix("[E]").strip().rstrip(".!")
     return None
 
@@ -257,14 +260,8 @@ def _publish(bundle: Bundle, scratch: Path, place: Path) -> None:
     prefix = place.relative_to(bundle.folder).as_posix()
     kept = {name: record for name, record in bundle.manifest.files.items() if not name.startswith(prefix + "/")}
     if place.exists():
-        _write_manifest(bundle.folder, replace(bundle.manifest, files=kept))
+        save_manifest(bundle.folder, replace(bundle.manifest, files=kept))
         shutil.rmtree(place)
     scratch.rename(place)
     names = sorted(f"{prefix}/{path.name}" for path in place.iterdir())
-    _write_manifest(bundle.folder, replace(bundle.manifest, files={**kept, **record_files(bundle.folder, names)}))
-
-
-def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    part = folder / f".{MANIFEST}.{os.getpid()}.part"
-    part.write_text(json.dumps(manifest.to_json(), indent=2) + "\n", encoding="utf-8")
-    part.replace(folder / MANIFEST)
+    save_manifest(bundle.folder, replace(bundle.manifest, files={**kept, **record_files(bundle.folder, names)}))

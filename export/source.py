@@ -12,7 +12,7 @@ import numpy as np
 from metaembed.runtime.errors import UsageError
 
 from .checkpoint import Checkpoint
-from .models import ResolvedModel
+from .models import DEMO_FOLDER, ResolvedModel
 from .random_weights import write_random_checkpoint
 from .safetensors_header import FLOAT_DTYPES
 from .safetensors_writer import TensorSpec, write_checkpoint
@@ -50,6 +50,7 @@ def open_source(
     """
     assets = tuple(folder for folder in (model.adapter, model.base) if folder is not None)
     if random_seed is not None:
+        assets = assets or (DEMO_FOLDER,)  # made-up weights read made-up text: the demo's tokenizer will do
         return Source(write_random_checkpoint(model.config, random_seed, work, advance=advance), work, assets)
     checkpoint = model.open(work, advance=advance)
     return Source(checkpoint, work if work.exists() else model.require_base(), assets)

@@ -1,2 +1,10 @@
+"""The torch-free runtime: bundles, encoding, scoring, search."""
+
 if __name__ != "metaembed.runtime":
     raise ImportError(f"import metaembed.runtime, not {__name__!r}: a second copy of every module would follow")
+
+from .budget import Budget
+from .encoder import Encoder
+from .maxsim import maxsim
+
+__all__ = ["Budget", "Encoder", "maxsim"]

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from .budget import Budget
 from .encoder import Encoder
-from .errors import ParityError
+from .errors import BundleError, ParityError
 from .golden import SIDES, GoldenItem, golden_path, read_golden
 from .maxsim import maxsim
-from .parity import TOLERANCES, ParityRecord, RankingRecord, Tolerance, compare, compare_rankings
+from .parity import RANKS, TOLERANCES, ParityRecord, RankingRecord, Tolerance, compare, compare_rankings
 
 Golden = tuple[Sequence[GoldenItem], NDArray[np.float32]]
 KINDS = ("text", "image", "image + text")
@@ -86,9 +86,22 @@ def check_bundle(encoder: Encoder, *, progress: Callable[[Any], Any] = iter) -> 
         BundleError: golden vectors are missing or damaged.
     """
     bundle = encoder.bundle
-    goldens = {side: read_golden(bundle.path(golden_path(side))) for side in SIDES}
+    goldens = {side: _read(encoder, side) for side in SIDES}
     kind = (bundle.manifest.quantization or {}).get("type", bundle.manifest.precision)
     return replay(encoder, goldens, TOLERANCES[kind], kind, progress=progress)
+
+
+def _read(encoder: Encoder, side: str) -> Golden:
+    bundle = encoder.bundle
+    if bundle.unverified and golden_path(side) not in bundle.manifest.files:
+        raise BundleError(f"{bundle.folder} was exported without parity and has no golden vectors; export it again")
+    items, reference = read_golden(bundle.path(golden_path(side)))
+    least = (RANKS + 1, getattr(bundle.manifest.largest, side))
+    if reference.shape[0] < least[0] or reference.shape[1] < least[1] or reference.shape[2] != encoder.dim:
+        raise BundleError(
+            f"{golden_path(side)} holds embeddings {reference.shape}; at least {least} of {encoder.dim} dims are needed"
+        )
+    return items, reference
 
 
 def replay(
@@ -114,13 +127,20 @@ def replay(
     }
     rankings = {
         budget: compare_rankings(
-            maxsim(goldens["query"][1][:, : budget.query], goldens["candidate"][1][:, : budget.candidate]),
-            maxsim(encoded["query", budget.query], encoded["candidate", budget.candidate]),
+            _score(goldens["query"][1][:, : budget.query], goldens["candidate"][1][:, : budget.candidate]),
+            _score(encoded["query", budget.query], encoded["candidate", budget.candidate]),
             tolerance,
         )
         for budget in encoder.budgets
     }
     return Check(encoder.description, precision, records, rankings)
+
+
+def _score(queries: NDArray[np.float32], candidates: NDArray[np.float32]) -> NDArray[np.float32]:
+    """MaxSim, or NaN everywhere (a failed comparison) where it would refuse embeddings that are not finite."""
+    if not (np.isfinite(queries).all() and np.isfinite(candidates).all()):
+        return np.full((len(queries), len(candidates)), np.nan, np.float32)
+    return maxsim(queries, candidates)
 
 
 def _select(golden: Golden, encoded: NDArray[np.float32], kind: str) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
@@ -15,7 +16,7 @@ from PIL import Image
 
 from . import layout
 from .budget import Budget
-from .errors import UsageError
+from .errors import BundleError, UsageError
 from .images import ImageRules, load_image, patchify
 from .manifest import LANGUAGE, PROCESSOR, TOKENIZER, VISION, Bundle
 from .processor import read_image_rules
@@ -26,9 +27,11 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image"
 Floats: TypeAlias = NDArray[np.float32]
 
 DEFAULT_BATCH = 16
+VISION_INPUTS = {field.name for field in fields(layout.VisionInputs)}
+LANGUAGE_INPUTS = {field.name for field in fields(layout.LanguageInputs)} | {"image_embeddings"}
 CHUNK_ITEMS, CHUNK_BYTES = 512, 1 << 28  # inputs prepared at a time, so that a corpus never has to fit in memory
-# Attention scores of one batch in float32, the largest activation of either graph.
-ACTIVATION_BYTES = 1 << 30
+# Attention scores of one batch in float32, the largest activation of either graph; a session holds about four of them.
+ACTIVATION_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class Encoder:
     def __init__(self, bundle: Bundle, vision: Session, language: Session) -> None:
         self.bundle = bundle
         self._vision, self._language = vision, language
+        for name, session, inputs in ((VISION, vision, VISION_INPUTS), (LANGUAGE, language, LANGUAGE_INPUTS)):
+            if set(session.inputs) != inputs:
+                raise BundleError(f"{name} takes {', '.join(session.inputs)} instead of {', '.join(sorted(inputs))}")
         geometry = bundle.manifest.geometry
         self.dim = geometry.dim
         self.budgets = bundle.manifest.budgets
@@ -129,13 +135,21 @@ class Encoder:
             raise UsageError(f"a batch of {batch_size} items is not possible; batch_size is at least 1")
         result = np.empty((len(pairs), vectors, self.dim), np.float32)
         for chunk in self._chunks(side, pairs):
-            for batch in self._batches(chunk, batch_size or DEFAULT_BATCH):
+            for batch in self._batches(chunk, self._batch_size(batch_size)):
                 result[[item.place for item in batch]] = self._run(side, batch, vectors)
         return result
 
+    def _batch_size(self, asked: int | None) -> int:
+        """What was asked for, or the default, within what an engine's profiles allow."""
+        limits = [limit for limit in (self._vision.max_items, self._language.max_items) if limit is not None]
+        return min([asked or DEFAULT_BATCH, *limits])
+
     def _vectors(self, side: Side, budget: Budget | int | None) -> int:
         most: int = getattr(self.bundle.manifest.largest, side)
-        asked = most if budget is None else budget if isinstance(budget, int) else getattr(budget, side)
+        asked = most if budget is None else getattr(budget, side) if isinstance(budget, Budget) else budget
+        if isinstance(asked, bool) or not hasattr(asked, "__index__"):  # numpy's integers are welcome
+            raise UsageError(f"a budget is a whole number of vectors or a Budget, not {asked!r}")
+        asked = operator.index(asked)
         if not 1 <= asked <= most:
             raise UsageError(f"a budget of {asked} {side} vectors is outside 1..{most}, which this bundle serves")
         return asked
@@ -165,18 +179,20 @@ class Encoder:
         """Group items of similar size, so that little is padding, within the memory for attention scores."""
         batch: list[_Item] = []
         for item in sorted(items, key=lambda item: (item.windows, len(item.prompt)), reverse=True):
-            if batch and (len(batch) == batch_size or self._scores_bytes(batch[0], len(batch) + 1) > ACTIVATION_BYTES):
+            if batch and (len(batch) == batch_size or not self._fits(item, batch)):
                 yield batch
                 batch = []
             batch.append(item)
         if batch:
             yield batch
 
-    def _scores_bytes(self, largest: _Item, count: int) -> int:
-        geometry = self.bundle.manifest.geometry
-        vision = geometry.vision.heads * (largest.windows * layout.PATCHES) ** 2
-        language = geometry.text.heads * (len(largest.prompt) + geometry.meta_tokens) ** 2
-        return 4 * count * max(vision, language)
+    def _fits(self, item: _Item, batch: Sequence[_Item]) -> bool:
+        """Whether an item may join: most of its windows are not padding, and the attention scores stay in bounds."""
+        geometry, windows = self.bundle.manifest.geometry, batch[0].windows
+        prompt = max(len(other.prompt) for other in (item, *batch))
+        vision = geometry.vision.heads * (windows * layout.PATCHES) ** 2
+        language = geometry.text.heads * (prompt + geometry.meta_tokens) ** 2
+        return 2 * item.windows >= windows and 4 * (len(batch) + 1) * max(vision, language) <= ACTIVATION_BYTES
 
     def _run(self, side: Side, batch: Sequence[_Item], vectors: int) -> Floats:
         geometry = self.bundle.manifest.geometry

@@ -247,9 +247,13 @@ def _require_value(config: Config, key: str, only: Any, default: Any = ...) -> N
 
 
 def _check_positive(part: str, record: Any) -> None:
-    """Every number in a record is positive (block indexes, a tuple, are checked by their owner)."""
+    """Every number in a record is positive, and whole but for rates (tuples are checked by their owner)."""
     for field in fields(record):
         value = getattr(record, field.name)
+        if field.type == "int" or (field.type == "int | None" and value is not None):
+            _require(type(value) is int, f"{field.name} of the {part} part is {value!r}, not a whole number")
+        elif field.type == "float":
+            _require(type(value) in (int, float), f"{field.name} of the {part} part is {value!r}, not a number")
         if isinstance(value, (int, float)):
             _require(0 < value < LARGEST, f"{field.name} of the {part} part is {value}, not in (0, {LARGEST:g})")
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from .errors import BundleError
 
@@ -46,7 +46,8 @@ def write_golden(path: Path, items: Sequence[GoldenItem], embeddings: NDArray[np
             item.image.save(png, "PNG", optimize=True)
             tensors[f"image.{place}"] = np.frombuffer(png.getvalue(), np.uint8)
     path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path, {"texts": json.dumps([item.text for item in items], ensure_ascii=False)})
+    # Not save_file, whose SafetensorError hides that the disk is full.
+    path.write_bytes(save(tensors, {"texts": json.dumps([item.text for item in items], ensure_ascii=False)}))
 
 
 def read_golden(path: Path) -> tuple[list[GoldenItem], NDArray[np.float32]]:
@@ -60,8 +61,10 @@ def read_golden(path: Path) -> tuple[list[GoldenItem], NDArray[np.float32]]:
                 if name.startswith("image.")
             }
             embeddings: NDArray[np.float32] = file.get_tensor("embeddings")
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read ({error})") from None
-    if not texts or embeddings.ndim != 3 or len(texts) != len(embeddings):
-        raise BundleError(f"{path} holds {len(texts)} inputs and embeddings of shape {embeddings.shape}")
+    if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
+        raise BundleError(f"{path} does not hold a list of texts")
+    if not texts or embeddings.ndim != 3 or len(texts) != len(embeddings) or embeddings.dtype != np.float32:
+        raise BundleError(f"{path} holds {len(texts)} inputs and embeddings of {embeddings.dtype} {embeddings.shape}")
     return [GoldenItem(text, images.get(place)) for place, text in enumerate(texts)], embeddings

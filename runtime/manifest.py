@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from .budget import Budget
 from .errors import BundleError, MetaEmbedError, UsageError
 from .geometry import Geometry
+from .parity import TOLERANCES
 
+T = TypeVar("T")
 FORMAT, FORMAT_VERSION = "metaembed-bundle", 1
 MANIFEST = "bundle.json"
 VISION, LANGUAGE, TOKENIZER, PROCESSOR = "vision.onnx", "language.onnx", "tokenizer.json", "processor.json"
@@ -26,6 +30,12 @@ class FileRecord:
 
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if type(self.bytes) is not int or self.bytes < 0:
+            raise BundleError(f"a file cannot have {self.bytes!r} bytes")
+        if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise BundleError(f"{self.sha256!r} is no SHA-256")
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
@@ -65,15 +75,26 @@ class Manifest:
     parity: Mapping[str, Any] | None = None
     tools: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.budgets:
+            raise UsageError("a bundle serves at least one budget")
+        for budget in self.budgets:
+            budget.check_within(self.geometry.query_tokens, self.geometry.candidate_tokens)
+        kinds = (self.precision,) if self.quantization is None else (self.precision, self.quantization["type"])
+        for kind in kinds:
+            if kind not in TOLERANCES:
+                raise UsageError(f"precision {kind!r} is not one of {', '.join(TOLERANCES)}")
+
     @property
     def fingerprint(self) -> str:
         """Identifies what decides an embedding: the graphs, the weights and the preprocessing. An index keeps it."""
+        prompt = json.dumps([dict(self.template), self.limits.text_tokens], sort_keys=True)
         parts = sorted(
             f"{path} {record.sha256}"
             for path, record in self.files.items()
             if not path.startswith(("golden/", "engines/"))
         )
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return hashlib.sha256("\n".join([prompt, *parts]).encode()).hexdigest()
 
     @property
     def largest(self) -> Budget:
@@ -108,21 +129,22 @@ class Manifest:
             raise BundleError(f"this version reads {FORMAT!r} version {FORMAT_VERSION}, not {found}; export again")
         try:
             return cls(
-                model=str(data["model"]),
+                model=_expect(str, data["model"]),
                 geometry=Geometry.from_json(data["geometry"]),
-                budgets=tuple(Budget(int(query), int(candidate)) for query, candidate in data["budgets"]),
-                limits=Limits(**data["limits"]),
-                precision=str(data["precision"]),
-                template=dict(data["template"]),
-                files={str(path): FileRecord(**record) for path, record in data["files"].items()},
-                quantization=data.get("quantization"),
-                parity=None if data.get("parity") == UNVERIFIED else dict(data["parity"]),
-                tools=dict(data.get("tools", {})),
+                budgets=tuple(
+                    Budget(_expect(int, query), _expect(int, candidate)) for query, candidate in data["budgets"]
+                ),
+                limits=Limits(data["limits"]["image_tokens"], data["limits"]["text_tokens"]),
+                precision=_expect(str, data["precision"]),
+                template=_expect(dict, data["template"]),
+                files={path: FileRecord(**record) for path, record in data["files"].items()},
+                quantization=None if data.get("quantization") is None else _expect(dict, data["quantization"]),
+                parity=_passed_parity(data["parity"]),
+                tools=_expect(dict, data.get("tools", {})),
             )
-        except MetaEmbedError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(f"{MANIFEST} is damaged ({type(error).__name__}: {error})") from None
+        except (MetaEmbedError, KeyError, TypeError, ValueError, AttributeError) as error:
+            found = str(error) if isinstance(error, MetaEmbedError) else f"{type(error).__name__}: {error}"
+            raise BundleError(f"{MANIFEST} is damaged ({found})") from None
 
 
 @dataclass(frozen=True)
@@ -166,10 +188,8 @@ class Bundle:
 
     def _check_files(self, verify: bool) -> None:
         for name, record in self.manifest.files.items():
-            _check_inside(self.folder, name)
+            _check_place(self.folder, name)
             path = self.folder / name
-            if not path.is_file():
-                raise BundleError(f"{path} is missing; the bundle is not complete")
             if path.stat().st_size != record.bytes:
                 raise BundleError(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}; export again")
         if verify:
@@ -178,6 +198,23 @@ class Bundle:
                 raise BundleError(
                     f"{self.folder / changed[0]} has changed since it was written (SHA-256); export again"
                 )
+
+
+def _expect(kind: type[T], value: Any) -> T:
+    """The value itself, when it is of that JSON type (true is no number)."""
+    if type(value) is not kind:
+        raise TypeError(f"{str(value)[:50]!r} is not of type {kind.__name__}")
+    return value
+
+
+def _passed_parity(value: Any) -> Mapping[str, Any] | None:
+    """Fail closed: a bundle is verified by a record that says so, and by nothing else."""
+    if value == UNVERIFIED:
+        return None
+    if _expect(dict, value).get("passed") is not True:
+        raise ValueError(f"parity is neither {UNVERIFIED!r} nor a record that passed")
+    record: Mapping[str, Any] = value
+    return record
 
 
 def find_changed(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
@@ -204,9 +241,15 @@ def write_manifest(folder: Path, manifest: Manifest, skip: Sequence[str] = ()) -
     relative = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     names = [path.as_posix() for path in relative if path.parts[0] not in (MANIFEST, *skip)]
     manifest = replace(manifest, files=record_files(folder, names))
-    text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    save_manifest(folder, manifest)
     return manifest
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace bundle.json in one step."""
+    part = folder / f".{MANIFEST}.{os.getpid()}.part"
+    part.write_text(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(folder / MANIFEST)
 
 
 def cpu_graph(graph: str) -> str:
@@ -214,9 +257,16 @@ def cpu_graph(graph: str) -> str:
     return graph.replace(".onnx", ".cpu.onnx")
 
 
-def _check_inside(folder: Path, name: str) -> None:
+def _check_place(folder: Path, name: str) -> None:
     pure = PurePosixPath(name)
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or "\0" in name:
         raise BundleError(f"{MANIFEST} names a file outside the bundle: {name!r}")
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+    try:
+        resolved = (folder / name).resolve()
+        present = resolved.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, not encodable
+        raise BundleError(f"{MANIFEST} names a file that cannot be there: {name[:50]!a} ({error!a})"[:400]) from None
+    if not resolved.is_relative_to(folder.resolve()):
         raise BundleError(f"{folder / name} is a link that leaves the bundle")
+    if not present:
+        raise BundleError(f"{folder / name} is missing; the bundle is not complete")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from metaembed.export.checkpoint import Checkpoint
 from metaembed.export.random_weights import write_random_checkpoint
@@ -121,3 +123,27 @@ def test_damaged_index_is_one_sentence(sharded, content):
     (sharded / "model.safetensors.index.json").write_text(content)
     with pytest.raises(BundleError, match=r"index\.json"):
         Checkpoint.open(sharded)
+
+
+@pytest.fixture(scope="module")
+def one_file(tmp_path_factory, tiny):
+    folder = tmp_path_factory.mktemp("fuzz") / "model"
+    write_random_checkpoint(tiny, 0, folder)
+    return (folder / "model.safetensors").read_bytes()
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_any_change_of_a_header_is_read_or_refused(tmp_path_factory, one_file, data):
+    """Whatever a damaged header says, the answer is tensors inside the file or a BundleError, never another error."""
+    changed = bytearray(one_file)
+    header_end = 8 + int.from_bytes(changed[:8], "little")
+    for _ in range(data.draw(st.integers(1, 4))):
+        changed[data.draw(st.integers(0, header_end - 1))] = data.draw(st.sampled_from(b'0159-+.eE"{}[],:\\nF\x00\xff'))
+    path = tmp_path_factory.mktemp("fuzz") / "x.safetensors"
+    path.write_bytes(changed[: data.draw(st.integers(0, len(changed))) or None])
+    try:
+        refs = read_header(path)
+    except BundleError:
+        return
+    assert all(0 <= ref.offset <= ref.offset + ref.nbytes <= path.stat().st_size for ref in refs.values())

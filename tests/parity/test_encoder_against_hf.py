@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import linear, normalize
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
 from metaembed.export.encoder import LanguageEncoder, VisionEncoder
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.layout import (
@@ -20,8 +23,6 @@ from metaembed.runtime.layout import (
     query_meta_tokens,
     window_slots,
 )
-from torch.nn.functional import linear, normalize
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 VOCAB, START, END, IMAGE, VIDEO = 600, 588, 589, 590, 591
 QUERIES, CANDIDATES, DIM, PROJECTION = 16, 64, 96, 40
@@ -69,7 +70,10 @@ def build(projection: bool) -> Models:
         parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
     extra = {"prompt_embed_tokens.weight": torch.randn(QUERIES + CANDIDATES, DIM)}
     if projection:
-        extra |= {"custom_text_proj.weight": torch.randn(PROJECTION, DIM), "custom_text_proj.bias": torch.randn(PROJECTION)}
+        extra |= {
+            "custom_text_proj.weight": torch.randn(PROJECTION, DIM),
+            "custom_text_proj.bias": torch.randn(PROJECTION),
+        }
     geometry = Geometry.from_config(config.to_dict() | {"model_type": "qwen2_5_vl"})
     geometry = replace(geometry, projection=PROJECTION if projection else None)
     weights = {**hf.state_dict(), **extra}
@@ -172,7 +176,9 @@ def items() -> list[Item]:
     return made
 
 
-def encode(models: Models, batch: list[Item], meta: np.ndarray, answers: int, length: int | None = None) -> torch.Tensor:
+def encode(
+    models: Models, batch: list[Item], meta: np.ndarray, answers: int, length: int | None = None
+) -> torch.Tensor:
     seen = [item for item in batch if item.grid]
     embedded, windows = torch.zeros(1, 1, DIM), 0
     if seen:
@@ -180,7 +186,9 @@ def encode(models: Models, batch: list[Item], meta: np.ndarray, answers: int, le
         embedded, windows = run_vision(models, inputs), inputs.patches.shape[1]
     prompts, grids = [item.prompt for item in batch], [item.grid for item in batch]
     laid = lay_out_prompts(prompts, grids, meta, answers, image_token=IMAGE, windows=windows, length=length)
-    return models.language(**{name: torch.from_numpy(value) for name, value in laid.feeds().items()}, image_embeddings=embedded)
+    return models.language(
+        **{name: torch.from_numpy(value) for name, value in laid.feeds().items()}, image_embeddings=embedded
+    )
 
 
 def hf_embeddings(models: Models, item: Item) -> torch.Tensor:

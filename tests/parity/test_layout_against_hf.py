@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from metaembed.runtime.layout import lay_out_images, prompt_positions, window_slots
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+from metaembed.runtime.layout import lay_out_images, prompt_positions, window_slots
 
 IMAGE = 77
 GRIDS = [(2 * rows, 2 * columns) for rows in (1, 3, 4, 5, 9, 33) for columns in (1, 2, 4, 7, 8, 31)]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from math import prod
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.geometry import Geometry
@@ -133,3 +136,27 @@ def test_other_vision_towers_are_refused(key, value, word):
 def test_damaged_record_of_a_geometry_is_a_bundle_error(damage):
     with pytest.raises(BundleError, match="geometry"):
         Geometry.from_json({**KNOWN["7b"].geometry.to_json(), **damage})
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+VISION_KEYS = sorted(KNOWN["7b"].config["vision_config"])
+ROPE_KEYS = ("rope_type", "type", "mrope_section", "rope_theta")
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_config_is_read_or_refused(data):
+    """Whatever stands in a config.json: a geometry that lists its tensors, or one sentence; never another error."""
+    config = json.loads(json.dumps(KNOWN["7b"].config))
+    section, keys = data.draw(
+        st.sampled_from(
+            [(config, sorted(config)), (config["vision_config"], VISION_KEYS), (config["rope_scaling"], ROPE_KEYS)]
+        )
+    )
+    section[data.draw(st.sampled_from(keys))] = data.draw(ANYTHING)
+    with suppress(UsageError):
+        assert parameter_count(Geometry.from_config(config)) > 0

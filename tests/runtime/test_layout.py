@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from metaembed.runtime.layout import (
     candidate_meta_tokens,
     count_windows,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.int8 import dequantize_int8, quantize_int8
@@ -54,7 +55,7 @@ def test_tiles_of_any_size_give_the_same_scores(q, r_q, n, r_c, d, tile_floats):
     queries, candidates = unit(rng, q, r_q, d), unit(rng, n, r_c, d, dtype=ml_dtypes.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "TILE_FLOATS", tile_floats)
-        scores = module.maxsim_reference(queries, candidates)
+        scores = module.maxsim_reference(queries, [candidates])
     np.testing.assert_allclose(scores, brute_force(queries, candidates), rtol=0, atol=2e-6 * r_q)
 
 

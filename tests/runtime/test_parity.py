@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.parity import TOLERANCES, RankingRecord, Tolerance, compare, compare_rankings, require
 

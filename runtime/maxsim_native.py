@@ -1,0 +1,178 @@
+"""MaxSim through our C kernels (_maxsim.c), where this installation has them: few queries at the machine's limit.
+
+Similarities are never materialised: a thread keeps the running maxima of 96 items, under 100 KB for 128 query vectors.
+Threads are Python's: ctypes releases the interpreter lock while a kernel runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from .int8 import Int8Vectors
+
+# As in _maxsim.c: dims in one step, and the rows up to which lanes are dims rather than query vectors.
+CHUNK, FEW = 32, 4
+INTERFACE = 1
+BLOCK_ITEMS = 96
+STORAGE = {np.dtype(ml_dtypes.bfloat16): 0, np.dtype(np.float32): 1, np.dtype(np.int8): 2}
+# Multiply-adds below which waking threads (about 50 us) costs more than it saves.
+SMALL_TASK = 1 << 20
+SHARES_PER_THREAD = 8  # so that a thread that was held up leaves work to the others
+
+
+class _Group(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("item_stride", ctypes.c_int64),
+        ("scale_stride", ctypes.c_int64),
+        ("vectors", ctypes.c_int64),
+    )
+
+
+class _Task(ctypes.Structure):
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("queries", ctypes.c_int64),
+        ("vectors", ctypes.c_int64),
+        ("dims", ctypes.c_int64),
+        ("groups", ctypes.POINTER(_Group)),
+        ("group_count", ctypes.c_int64),
+        ("chosen", ctypes.c_void_p),
+        ("scores", ctypes.c_void_p),
+        ("score_stride", ctypes.c_int64),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where none was built or this processor has none."""
+    for path in sorted(Path(__file__).parent.glob("_maxsim*.so")):
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError:  # built for another machine
+            continue
+        if getattr(loaded, "metaembed_interface", int)() != INTERFACE:  # left over from another version
+            continue
+        loaded.metaembed_maxsim.argtypes = (ctypes.c_int, ctypes.POINTER(_Task), ctypes.c_int64, ctypes.c_int64)
+        if loaded.metaembed_vector_width():
+            return loaded
+    return None
+
+
+def thread_count() -> int:
+    """Threads that score: OMP_NUM_THREADS where set, else the cores this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def can_score(groups: Sequence[NDArray[Any] | Int8Vectors]) -> bool:
+    """Whether the kernels take these arrays as they are: a known type, and the vectors of an item side by side."""
+    kinds = {_values(group).dtype for group in groups}
+    return library() is not None and len(kinds) == 1 and kinds <= STORAGE.keys() and all(map(_is_dense, groups))
+
+
+def score(
+    queries: NDArray[np.float32],
+    groups: Sequence[NDArray[Any] | Int8Vectors],
+    chosen: NDArray[np.int64] | None = None,
+) -> NDArray[np.float32]:
+    """MaxSim of (q, r_q, d) float32 over groups (n, r_g, d) that `can_score` takes; an item has the vectors of all.
+
+    Args:
+        chosen: the rows of the groups to score, in this order; all by default.
+
+    Returns:
+        (q, n) float32; NaN where a similarity is NaN or infinite.
+    """
+    kernels = library()
+    assert kernels is not None
+    (q, r_q, d), n = queries.shape, groups[0].shape[0] if chosen is None else len(chosen)
+    storage = STORAGE[_values(groups[0]).dtype]
+    packed, rows = pack(queries, storage == 0, kernels.metaembed_vector_width())
+    structs = (_Group * len(groups))(*map(_describe, groups))
+    scores = np.empty((q, n), np.float32)
+    selection = None if chosen is None else np.ascontiguousarray(chosen, np.int64)
+    address = None if selection is None else selection.ctypes.data
+    task = _Task(packed.ctypes.data, rows, q, r_q, d, structs, len(groups), address, scores.ctypes.data, n)
+
+    def run(first: int, last: int) -> int:
+        return int(kernels.metaembed_maxsim(storage, ctypes.byref(task), first, last))
+
+    work = n * rows * d * sum(group.shape[1] for group in groups)
+    threads = 1 if work < SMALL_TASK else thread_count()
+    failed = run(0, n) if threads == 1 else _share_out(run, n, threads)
+    if failed:
+        raise MemoryError("no memory for the work space of a MaxSim kernel")
+    return scores
+
+
+def pack(queries: NDArray[np.float32], interleaved: bool, width: int) -> tuple[NDArray[np.float32], int]:
+    """Queries (q, r_q, d) as the kernels read them, zero-padded, and the number of rows with padding.
+
+    Up to four rows: [chunks][rows][32]; more: [rows / width][dims][width]. For bf16, even dims of a chunk come first.
+    """
+    count, dims = queries.shape[0] * queries.shape[1], queries.shape[2]
+    rows = {1: 1, 2: 2, 3: 4, 4: 4}.get(count) or -(-count // width) * width
+    padded = np.zeros((rows, -(-dims // CHUNK) * CHUNK), np.float32)
+    padded[:count, :dims] = queries.reshape(count, dims)
+    if interleaved:
+        padded = padded.reshape(rows, -1, CHUNK // 2, 2).swapaxes(2, 3).reshape(rows, -1)
+    if rows <= FEW:
+        return _aligned_copy(padded.reshape(rows, -1, CHUNK).swapaxes(0, 1)), rows
+    return _aligned_copy(padded.reshape(rows // width, width, -1).swapaxes(1, 2)), rows
+
+
+def _share_out(run: Any, items: int, threads: int) -> bool:
+    share = max(1, items // (threads * SHARES_PER_THREAD * BLOCK_ITEMS)) * BLOCK_ITEMS
+    starts = range(0, items, share)
+    return any(list(_pool(threads).map(run, starts, (min(start + share, items) for start in starts))))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="maxsim")
+
+
+def _aligned_copy(array: NDArray[np.float32]) -> NDArray[np.float32]:
+    # On a cache line: loads that straddle two lines halve the speed of the kernels' inner loop.
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + array.nbytes].view(np.float32).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def _values(group: NDArray[Any] | Int8Vectors) -> NDArray[Any]:
+    return group.codes if isinstance(group, Int8Vectors) else group
+
+
+def _is_dense(group: NDArray[Any] | Int8Vectors) -> bool:
+    values = _values(group)
+    size, (item, vector, dim) = values.itemsize, values.strides
+    dense = dim == size and vector == size * values.shape[2] and item % size == 0
+    return dense and (not isinstance(group, Int8Vectors) or group.scales.strides[1] == group.scales.itemsize)
+
+
+def _describe(group: NDArray[Any] | Int8Vectors) -> _Group:
+    values, scales = _values(group), group.scales if isinstance(group, Int8Vectors) else None
+    return _Group(
+        values.ctypes.data,
+        None if scales is None else scales.ctypes.data,
+        values.strides[0] // values.itemsize,
+        0 if scales is None else scales.strides[0] // scales.itemsize,
+        values.shape[1],
+    )

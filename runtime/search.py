@@ -1,0 +1,82 @@
+"""Rank a folder of images for one query, without an index."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .budget import Budget
+from .encoder import Encoder
+from .errors import UsageError
+from .images import load_image
+from .maxsim import maxsim
+
+log = logging.getLogger(__name__)
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One result; rank 1 is the best, a higher score is better."""
+
+    rank: int
+    id: str
+    score: float
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Files of the folder and its subfolders with an image's suffix, sorted by path; a UsageError when there is none."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; --images takes a folder of image files")
+    Image.init()
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in Image.EXTENSION and path.is_file())
+    if not found:
+        raise UsageError(f"{folder} holds no image files")
+    return found
+
+
+def rank_images(
+    encoder: Encoder,
+    paths: Sequence[Path],
+    *,
+    text: str | None,
+    image: Path | None,
+    budget: Budget,
+    k: int,
+    track: Callable[[Any], Iterable[Any]] = iter,
+) -> list[Hit]:
+    """The k best of the images for a text, an image or both. Files that are no readable images are left out, and named.
+
+    Raises:
+        UsageError: an empty query, k below 1, or no readable image.
+    """
+    if k < 1:
+        raise UsageError(f"the best {k} were asked for; -k is at least 1")
+    query = encoder.encode_queries([text], images=[image], budget=budget)
+    scores: list[float] = []
+    kept: list[Path] = []
+    for start in track(range(0, len(paths), BATCH)):
+        readable = [path for path in paths[start : start + BATCH] if _is_readable(path)]
+        if readable:
+            candidates = encoder.encode_candidates(images=readable, budget=budget)
+            scores += maxsim(query, candidates)[0].tolist()
+            kept += readable
+    if not kept:
+        raise UsageError("none of the image files can be read")
+    best = np.argsort(-np.array(scores), kind="stable")[:k]
+    return [Hit(rank, str(kept[place]), scores[place]) for rank, place in enumerate(best, start=1)]
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        load_image(path)
+    except UsageError as error:
+        log.warning("left out: %s", error)
+        return False
+    return True

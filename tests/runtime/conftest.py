@@ -1,0 +1,50 @@
+"""Bundles to break: copies of the demo's that share its files by hard link until they are replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metaembed.runtime.manifest import MANIFEST, FileRecord
+
+
+@pytest.fixture
+def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the demo bundle. Replace files in it (unlink first); never write into one."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(demo_bundle, folder, copy_function=os.link)
+    return folder
+
+
+@pytest.fixture
+def edit_manifest(bundle: Path) -> Callable[[Callable[[dict[str, Any]], object]], Path]:
+    """Change the copy's bundle.json in place with a function."""
+
+    def edit(change: Callable[[dict[str, Any]], object]) -> Path:
+        data = json.loads((bundle / MANIFEST).read_bytes())
+        change(data)
+        (bundle / MANIFEST).unlink()
+        (bundle / MANIFEST).write_text(json.dumps(data))
+        return bundle
+
+    return edit
+
+
+@pytest.fixture
+def replace_file(bundle: Path, edit_manifest: Any) -> Callable[[str, bytes], Path]:
+    """Replace a file of the copy and vouch for it in bundle.json: a forger's bundle, or another version's."""
+
+    def replace(name: str, content: bytes) -> Path:
+        (bundle / name).unlink()
+        (bundle / name).write_bytes(content)
+        record = asdict(FileRecord.of(bundle / name))
+        return edit_manifest(lambda data: data["files"].update({name: record}))
+
+    return replace

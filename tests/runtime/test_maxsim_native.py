@@ -1,0 +1,147 @@
+"""The C kernels, in every vector width, against float64 brute force and against the numpy reference."""
+
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metaembed.runtime import maxsim_native
+from metaembed.runtime.errors import UsageError
+from metaembed.runtime.int8 import Int8Vectors, dequantize_int8, quantize_int8
+from metaembed.runtime.maxsim import maxsim, maxsim_reference, score_groups
+
+SOURCE = Path(maxsim_native.__file__).parent / "_maxsim.c"
+COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+pytestmark = pytest.mark.skipif(not COMPILER or not SOURCE.is_file(), reason="needs a C compiler and the sources")
+BFLOAT16 = ml_dtypes.bfloat16
+
+
+@cache
+def built(folder, width):
+    target = Path(folder) / f"_maxsim_{width}.so"
+    flags = ["-O1", "-ffp-contract=fast", "-shared", "-fPIC"] + ([f"-DTEST_WIDTH={width}"] if width else ["-O3"])
+    subprocess.run([COMPILER, *flags, str(SOURCE), "-o", str(target)], check=True)
+    return target
+
+
+@pytest.fixture(params=[0, 4, 8, 16], ids=["dispatched", "width 4 (NEON)", "width 8 (AVX2)", "width 16 (AVX-512)"])
+def kernels(request, tmp_path_factory, monkeypatch):
+    """The library as shipped, and the body of each width; vectors too wide for it become several."""
+    library = built(str(tmp_path_factory.getbasetemp()), request.param)
+    monkeypatch.setattr(maxsim_native, "__file__", str(library))
+    monkeypatch.setattr(maxsim_native.Path, "glob", lambda *_: [library])
+    maxsim_native.library.cache_clear()
+    if maxsim_native.library() is None:
+        pytest.skip("this processor has no kernel: numpy serves it")
+    yield
+    maxsim_native.library.cache_clear()
+
+
+def unit(rng, *shape):
+    vectors = rng.standard_normal(shape)
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def stored(vectors, storage):
+    return quantize_int8(vectors) if storage == "int8" else vectors.astype(storage)
+
+
+def as_float64(vectors):
+    return (dequantize_int8(vectors) if isinstance(vectors, Int8Vectors) else vectors).astype(np.float64)
+
+
+def brute_force(queries, groups):
+    """sum_i max_j <q_i, c_j> in float64."""
+    candidates = np.concatenate([as_float64(group) for group in groups], axis=1)
+    return np.einsum("qrd,nsd->qnrs", queries.astype(np.float64), candidates).max(-1).sum(-1)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("storage", [BFLOAT16, np.float32, "int8"])
+def test_kernels_equal_float64_brute_force(storage):
+    """Every number of rows has a path of its own; 33 and 259 dims end in a tail, 31 have nothing else, 128 none."""
+    rng = np.random.default_rng(0)
+    for q, r_q, n, sizes, d in [
+        (1, 1, 101, (1,), 128),
+        (1, 2, 7, (1, 3), 33),
+        (1, 3, 13, (2,), 259),
+        (1, 4, 97, (1, 3, 4), 31),
+        (3, 2, 5, (5,), 600),
+        (1, 8, 3, (1, 3, 4, 8), 96),
+        (1, 16, 29, (64,), 128),
+        (5, 7, 12, (3, 2), 64),
+    ]:
+        queries = unit(rng, q, r_q, d)
+        groups = [stored(unit(rng, n, size, d), storage) for size in sizes]
+        assert maxsim_native.can_score(groups)
+        scores = maxsim_native.score(queries, groups)
+        np.testing.assert_allclose(scores, brute_force(queries, groups), rtol=0, atol=2e-6 * r_q)
+
+
+@pytest.mark.usefixtures("kernels")
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 18), st.integers(1, 30), st.integers(1, 7), st.integers(1, 300), st.booleans())
+def test_kernels_equal_the_reference_on_any_shape(q, r_q, n, r_c, d, int8):
+    """The numpy reference judges; candidates are a prefix of longer items, so strides differ from sizes."""
+    rng = np.random.default_rng(d)
+    queries, candidates = unit(rng, q, r_q, d), stored(unit(rng, n, r_c + 2, d), "int8" if int8 else BFLOAT16)
+    candidates = candidates.prefix(r_c) if int8 else candidates[:, :r_c]
+    expected = maxsim_reference(queries, [candidates])
+    np.testing.assert_allclose(maxsim_native.score(queries, [candidates]), expected, rtol=0, atol=2e-6 * r_q)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("r_q", [1, 2, 4, 8])
+def test_kernels_give_not_a_number_for_what_is_not_finite(value, r_q):
+    """Minus infinity, or a NaN in the middle, would hide behind the maximum."""
+    rng = np.random.default_rng(1)
+    queries, candidates = unit(rng, 1, r_q, 70), unit(rng, 5, 3, 70).astype(BFLOAT16)
+    candidates[2, 1, 33] = value
+    np.testing.assert_array_equal(np.isfinite(maxsim_native.score(queries, [candidates])), [[1, 1, 0, 1, 1]])
+    with pytest.raises(UsageError, match="candidate 2 has"):
+        maxsim(queries, candidates)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("storage", [BFLOAT16, "int8"])
+def test_chosen_rows_score_as_if_copied_out(storage):
+    """Brute force over the copies; rows may repeat and come in any order."""
+    rng = np.random.default_rng(5)
+    queries, groups = unit(rng, 2, 4, 70), [stored(unit(rng, 9, size, 70), storage) for size in (1, 3)]
+    chosen = np.array([8, 2, 2, 0, 5])
+    expected = brute_force(queries, groups)[:, chosen]
+    np.testing.assert_allclose(maxsim_native.score(queries, groups, chosen), expected, rtol=0, atol=8e-6)
+    np.testing.assert_allclose(maxsim_reference(queries, groups, chosen), expected, rtol=0, atol=8e-6)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_threads_give_the_scores_of_one_thread(monkeypatch):
+    rng = np.random.default_rng(2)
+    queries, candidates = unit(rng, 1, 4, 64), unit(rng, 5000, 3, 64).astype(BFLOAT16)
+    monkeypatch.setattr(maxsim_native, "thread_count", lambda: 1)
+    expected = maxsim_native.score(queries, [candidates])
+    monkeypatch.setattr(maxsim_native, "thread_count", lambda: 3)
+    monkeypatch.setattr(maxsim_native, "SMALL_TASK", 0)
+    np.testing.assert_array_equal(maxsim_native.score(queries, [candidates]), expected)
+
+
+def test_arrays_that_the_kernels_cannot_read_go_to_numpy():
+    rng = np.random.default_rng(3)
+    queries, candidates = unit(rng, 1, 4, 10), unit(rng, 6, 5, 20).astype(BFLOAT16)
+    for odd in (candidates[:, :, ::2], candidates[:, ::2, :10], candidates[:, :, :10].astype(np.float16)):
+        assert not maxsim_native.can_score([odd])
+        np.testing.assert_allclose(maxsim(queries, odd), brute_force(queries, [odd]), atol=8e-6)
+
+
+def test_without_a_compiled_library_numpy_scores(monkeypatch):
+    rng = np.random.default_rng(4)
+    queries, groups = unit(rng, 1, 4, 10), [unit(rng, 6, 1, 10), unit(rng, 6, 3, 10)]
+    monkeypatch.setattr(maxsim_native, "library", lambda: None)
+    np.testing.assert_allclose(score_groups(queries, groups), brute_force(queries, groups), atol=8e-6)

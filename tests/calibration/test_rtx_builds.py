@@ -18,7 +18,7 @@ from metaembed.runtime.manifest import LANGUAGE, VISION, Bundle
 # Smallest, typical and largest size of each dynamic axis.
 SIZES = {"i": (1, 1, 2), "w": (1, 2, 4), "b": (1, 1, 2), "t": (8, 64, 128), "m": (1, 32, 64), "r": (1, 8, 16)}
 # A100, RTX 30, L4, RTX 50; FP8 arithmetic begins with 8.9.
-BUILDS = [("int8", (8, 0)), ("int8", (8, 6)), ("int8", (8, 9)), ("int8", (12, 0)), ("fp8", (8, 9)), ("fp8", (12, 0))]
+CAPABILITIES = {"int8": [(8, 0), (8, 6), (8, 9), (12, 0)], "fp8": [(8, 9), (12, 0)]}
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def recipes(small_bundle: Path, calibration_set: CalibrationSet, tmp_path_factor
     return folders
 
 
-def build(path: Path, capability: tuple[int, int]) -> bytes:
-    """A serialised engine for one compute capability."""
+def build(path: Path, capabilities: list[tuple[int, int]]) -> int:
+    """Bytes of one engine for all the compute capabilities."""
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     backend = pytest.importorskip("polygraphy.backend.tensorrt_rtx", reason="polygraphy is not installed")
@@ -49,11 +49,11 @@ def build(path: Path, capability: tuple[int, int]) -> bytes:
         smallest, typical, largest = (tuple(int(size) for size in shape) for shape in shapes)
         profile.add(value.name, min=smallest, opt=typical, max=largest)
     network = NetworkFromOnnxPath(str(path), strongly_typed=True)
-    config = backend.CreateConfigRTX(profiles=[profile], compute_capabilities=[capability])
-    return engine_bytes_from_network(network, config)
+    config = backend.CreateConfigRTX(profiles=[profile], compute_capabilities=capabilities)
+    return memoryview(engine_bytes_from_network(network, config)).nbytes
 
 
-@pytest.mark.parametrize(("form", "capability"), BUILDS)
+@pytest.mark.parametrize("form", CAPABILITIES)
 @pytest.mark.parametrize("graph", [VISION, LANGUAGE])
-def test_a_quantised_graph_builds(recipes, form, capability, graph):
-    assert len(build(recipes[form] / graph, capability)) > 1 << 20
+def test_a_quantised_graph_builds(recipes, form, graph):
+    assert build(recipes[form] / graph, CAPABILITIES[form]) > 1 << 20

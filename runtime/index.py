@@ -94,6 +94,7 @@ class Index:
         self.layout = Layout.from_json(json.loads(about["layout"]))
         self.fingerprint, self.bundle = about.get("fingerprint", ""), about.get("bundle", "")
         self._version, self._snapshot = -1, Snapshot(())
+        self._sound: set[int] = set()  # segments whose rows in the catalogue were all read and found good
 
     @classmethod
     def create(cls, folder: str | Path, layout: Layout, *, fingerprint: str = "", bundle: str = "") -> None:
@@ -195,8 +196,15 @@ class Index:
         return [found[place] for place in places] if len(found) == len(set(places)) else None
 
     def select(self, snapshot: Snapshot, condition: str, values: Sequence[object]) -> Rows:
-        """Positions of the rows whose payload satisfies a condition of `parse_filters`, dead ones included."""
+        """Positions of the rows whose payload satisfies a condition of `parse_filters`, dead ones included.
+
+        The first time that it needs a segment it reads all its rows (2 s per million), lest damage hide some of them.
+        """
         with self._catalogue.reading():
+            for part in snapshot.parts:
+                if self._verify and part.number not in self._sound:
+                    self._catalogue.check_rows(part.number, part.segment.items)
+                    self._sound.add(part.number)
             found = [
                 np.array(self._catalogue.select(part.number, condition, values), np.int64) + part.start
                 for part in snapshot.parts

@@ -156,8 +156,16 @@ class Catalogue:
                 self._expect(crc, segment, row, id_, payload)
                 yield row, id_, payload
 
+    def check_rows(self, segment: int, items: int) -> None:
+        """Read all rows of a segment; a BundleError when one is damaged or missing."""
+        count = sum(1 for _ in self.rows(segment))
+        if count != items:
+            raise BundleError(
+                f"{self.path} is damaged: {count} of {items} rows are left of segment {segment}; restore it"
+            )
+
     def select(self, segment: int, condition: str, values: Sequence[object]) -> list[int]:
-        """Rows of a segment that satisfy a condition written by `filters`, never by a user."""
+        """Rows of a segment that satisfy a condition written by `parse_filters`, never by a user."""
         with self._sentences():
             statement = f"SELECT row FROM items WHERE segment = ? AND ({condition})"
             return [row for (row,) in self._db.execute(statement, (segment, *values))]

@@ -37,6 +37,22 @@ IMAGE_SIZES = (
     (100, 260),
     (420, 308),
 )
+QUICK_TEXTS = ("a red umbrella", "x", "two anchors", "図", "1,234.56 €", "метро", "def f():", "naïve café", "🙂")
+QUICK_SIDE = 448  # pixels of the largest page: 256 tokens
+
+
+def quick_items(side: str, max_image_tokens: int) -> list[GoldenItem]:
+    """The fewest inputs that say something of texts, images and pairs, small ones first: for models that take minutes.
+
+    Two queries of a text; of candidates one more than the ten that a ranking compares.
+    """
+    seed, texts = (0, QUICK_TEXTS[:2]) if side == "query" else (1000, QUICK_TEXTS)
+    largest = min(QUICK_SIDE, int(np.sqrt(max_image_tokens)) * 28)
+    return [
+        *(GoldenItem(text=text) for text in texts),
+        GoldenItem(QUICK_TEXTS[0], draw_page(seed, (56, 56))),
+        GoldenItem(image=draw_page(seed + 1, (largest, largest))),
+    ]
 
 
 def golden_items(side: str, max_image_tokens: int, sizes: Sequence[tuple[int, int]] = IMAGE_SIZES) -> list[GoldenItem]:

@@ -127,13 +127,20 @@ def replay(
     }
     rankings = {
         budget: compare_rankings(
-            maxsim(goldens["query"][1][:, : budget.query], goldens["candidate"][1][:, : budget.candidate]),
-            maxsim(encoded["query", budget.query], encoded["candidate", budget.candidate]),
+            _score(goldens["query"][1][:, : budget.query], goldens["candidate"][1][:, : budget.candidate]),
+            _score(encoded["query", budget.query], encoded["candidate", budget.candidate]),
             tolerance,
         )
         for budget in encoder.budgets
     }
     return Check(encoder.description, precision, records, rankings)
+
+
+def _score(queries: NDArray[np.float32], candidates: NDArray[np.float32]) -> NDArray[np.float32]:
+    """MaxSim, or NaN everywhere (a failed comparison) where it would refuse embeddings that are not finite."""
+    if not (np.isfinite(queries).all() and np.isfinite(candidates).all()):
+        return np.full((len(queries), len(candidates)), np.nan, np.float32)
+    return maxsim(queries, candidates)
 
 
 def _select(golden: Golden, encoded: NDArray[np.float32], kind: str) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
@@ -16,7 +16,7 @@ from PIL import Image
 
 from . import layout
 from .budget import Budget
-from .errors import UsageError
+from .errors import BundleError, UsageError
 from .images import ImageRules, load_image, patchify
 from .manifest import LANGUAGE, PROCESSOR, TOKENIZER, VISION, Bundle
 from .processor import read_image_rules
@@ -27,6 +27,8 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image"
 Floats: TypeAlias = NDArray[np.float32]
 
 DEFAULT_BATCH = 16
+VISION_INPUTS = {field.name for field in fields(layout.VisionInputs)}
+LANGUAGE_INPUTS = {field.name for field in fields(layout.LanguageInputs)} | {"image_embeddings"}
 CHUNK_ITEMS, CHUNK_BYTES = 512, 1 << 28  # inputs prepared at a time, so that a corpus never has to fit in memory
 # Attention scores of one batch in float32, the largest activation of either graph; a session holds about four of them.
 ACTIVATION_BYTES = 1 << 28
@@ -54,6 +56,9 @@ class Encoder:
     def __init__(self, bundle: Bundle, vision: Session, language: Session) -> None:
         self.bundle = bundle
         self._vision, self._language = vision, language
+        for name, session, inputs in ((VISION, vision, VISION_INPUTS), (LANGUAGE, language, LANGUAGE_INPUTS)):
+            if set(session.inputs) != inputs:
+                raise BundleError(f"{name} takes {', '.join(session.inputs)} instead of {', '.join(sorted(inputs))}")
         geometry = bundle.manifest.geometry
         self.dim = geometry.dim
         self.budgets = bundle.manifest.budgets
@@ -130,9 +135,14 @@ class Encoder:
             raise UsageError(f"a batch of {batch_size} items is not possible; batch_size is at least 1")
         result = np.empty((len(pairs), vectors, self.dim), np.float32)
         for chunk in self._chunks(side, pairs):
-            for batch in self._batches(chunk, batch_size or DEFAULT_BATCH):
+            for batch in self._batches(chunk, self._batch_size(batch_size)):
                 result[[item.place for item in batch]] = self._run(side, batch, vectors)
         return result
+
+    def _batch_size(self, asked: int | None) -> int:
+        """What was asked for, or the default, within what an engine's profiles allow."""
+        limits = [limit for limit in (self._vision.max_items, self._language.max_items) if limit is not None]
+        return min([asked or DEFAULT_BATCH, *limits])
 
     def _vectors(self, side: Side, budget: Budget | int | None) -> int:
         most: int = getattr(self.bundle.manifest.largest, side)

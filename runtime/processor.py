@@ -13,7 +13,7 @@ def read_image_rules(path: Path) -> ImageRules:
     """The rules that the export wrote; a BundleError when the file is damaged."""
     try:
         return ImageRules.from_json(json.loads(path.read_bytes()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not JSON ({error})") from None
 
 

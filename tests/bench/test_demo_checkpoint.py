@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from metaembed.bench import demo_model
 from metaembed.bench.demo_quality import SplitImages, measure
 from metaembed.bench.demo_tokenizer import build_tokenizer
 from metaembed.bench.scenes_queries import make_split
 from metaembed.bench.train_inputs import candidate_prompt, query_prompt, scene_grid, scene_patches
 from metaembed.bench.train_model import DemoModel
-from safetensors.torch import load_file
 
 DEMO = Path(demo_model.__file__).parents[1] / "export" / "demo"
 

@@ -57,8 +57,7 @@ def test_runtime_imports_what_a_device_has_and_no_more():
         (path.name, top(name))
         for path in sources("runtime")
         for name in imported(path, "runtime")
-        if top(name) not in RUNTIME_MAY_IMPORT | sys.stdlib_module_names
-        and ONE_FILE_EACH.get(top(name)) != path.name
+        if top(name) not in RUNTIME_MAY_IMPORT | sys.stdlib_module_names and ONE_FILE_EACH.get(top(name)) != path.name
     }
     assert not strange
 

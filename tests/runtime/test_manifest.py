@@ -132,7 +132,7 @@ WRONG_FIELDS = {
     "geometry": (5, None, [], {}, "x"),
     "template": (5, None, [], "x"),
     "tools": (5, "x", None, [1]),
-    "files": (5, None, [], "x", {}, {"a": 5}, {"a": None}, {"a": []}, {"a": {}}, {"a": {"bytes": 1}}),
+    "files": (5, None, [], "x", {"a": 5}, {"a": None}, {"a": []}, {"a": {}}, {"a": {"bytes": 1}}),
 }
 
 
@@ -156,7 +156,7 @@ def test_every_number_of_the_geometry_is_checked(edit_manifest: Edit, demo_bundl
                 continue
             broken = json.loads(json.dumps(geometry))
             (broken[part] if part else broken)[field] = value
-            if field == "full_attention_blocks" and value == []:
+            if field == "full_attention_blocks" and value in ([], {}):
                 continue  # a tower without full attention is possible
             with pytest.raises(BundleError) as error:
                 Bundle.open(edit_manifest(lambda data, new=broken: data.update(geometry=new)), verify=False)

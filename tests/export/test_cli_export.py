@@ -1,0 +1,205 @@
+"""metaembed-export as a stranger misuses it: exit code, one sentence, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from metaembed.export import bundle as bundle_module
+from metaembed.export.cli import main
+from metaembed.runtime.errors import ParityError
+
+
+@pytest.fixture
+def checkpoint(demo_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the demo checkpoint, to break."""
+    return Path(shutil.copytree(demo_folder, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """In a folder of its own, so that leftovers show."""
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place" / "out"
+
+
+@pytest.fixture
+def refused(output: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command, expect this exit code and nothing left; return the sentence."""
+
+    def run(code: int, *argv: object) -> str:
+        capsys.readouterr()
+        try:
+            found = main([*map(str, argv), "-o", str(output), "--quiet"])
+        except SystemExit as leaving:  # argparse's own refusals
+            found = leaving.code
+        captured = capsys.readouterr()
+        assert found == code, captured.err
+        assert captured.out == ""
+        assert captured.err.startswith("metaembed-export: ")
+        assert captured.err.count("\n") == 1, captured.err
+        assert not list(output.parent.iterdir())
+        return captured.err
+
+    return run
+
+
+@pytest.mark.parametrize("budget", ["0,4", "17,64", "16,65", "8", "", "8,16,1", "a,b", "8.5,16", "-1,4"])
+def test_a_wrong_budget(refused: Callable[..., str], budget: str):
+    assert "budget" in refused(2, "--model", "demo", f"--budget={budget}")
+
+
+@pytest.mark.parametrize("model", ["no-such-model", "/nowhere", "../nowhere", "org/model"])
+def test_an_unknown_model(refused: Callable[..., str], model: str):
+    assert model in refused(2, "--model", model, "--budget", "8,16")
+
+
+def test_a_folder_that_is_no_checkpoint(refused: Callable[..., str], tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refused(2, "--model", tmp_path / "empty", "--budget", "8,16")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (),
+        ("--model", "demo"),
+        ("--budget", "8,16"),
+        ("--model", "demo", "--budget", "8,16", "--precision", "int4"),
+        ("--x",),
+    ],
+    ids=" ".join,
+)
+def test_arguments_that_are_missing_or_unknown(refused: Callable[..., str], argv: tuple[str, ...]):
+    refused(2, *argv)
+
+
+@pytest.mark.parametrize("limit", ["--max-image-tokens", "--max-text-tokens"])
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1.5"])
+def test_a_limit_that_is_no_positive_number(refused: Callable[..., str], limit: str, value: str):
+    refused(2, "--model", "demo", "--budget", "8,16", f"{limit}={value}")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"])
+def test_a_checkpoint_without_a_part(refused: Callable[..., str], checkpoint: Path, name: str):
+    (checkpoint / name).unlink()
+    assert name in refused(2, "--model", checkpoint, "--budget", "8,16")
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, 5000, -1])
+def test_truncated_weights(refused: Callable[..., str], checkpoint: Path, kept: int):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    assert "model.safetensors" in refused(1, "--model", checkpoint, "--budget", "8,16")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model_type": "qwen2_vl"}, "model_type"),
+        ({"model_type": None}, "model_type"),
+        ({"use_bidirectional_attention": True}, "bidirectional"),
+        ({"shared_query_doc_prompt": True}, "shared"),
+        ({"num_query_prompt_tokens": "16"}, "num_query_prompt_tokens"),
+        ({"vision_config": 5}, "vision_config"),
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_be_exported(refused: Callable[..., str], checkpoint: Path, change: dict, word: str):
+    config = json.loads((checkpoint / "config.json").read_bytes())
+    (checkpoint / "config.json").write_text(json.dumps(config | change))
+    assert word in refused(2, "--model", checkpoint, "--budget", "8,16")
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", ["", "[]", "5", "{", "[" * 100_000], ids=lambda text: text[:3] or "empty")
+def test_json_that_is_damaged(refused: Callable[..., str], checkpoint: Path, name: str, content: str):
+    (checkpoint / name).write_text(content)
+    refused(1, "--model", checkpoint, "--budget", "8,16")
+
+
+@pytest.mark.parametrize("kind", ["bundle", "stranger", "file"])
+def test_an_output_that_exists(demo_bundle: Path, output: Path, capsys: pytest.CaptureFixture[str], kind: str):
+    if kind == "file":
+        output.write_text("precious")
+    else:
+        output.mkdir()
+        manifest = (demo_bundle / "bundle.json").read_text() if kind == "bundle" else "{}"
+        (output / "bundle.json").write_text(manifest)
+    force = [] if kind == "bundle" else ["-f"]
+    assert main(["--model", "demo", "--budget", "8,16", "-o", str(output), "--quiet", *force]) == 2
+    assert str(output) in capsys.readouterr().err
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+SLOW = ("trace_vision", "trace_language", "attach_weights", "check_operators", "save_graph")
+STEPS = ("open_source", "convert_weights", "_write_assets", "place_weights", *SLOW, "write_manifest")
+
+
+def write_to_full_disk(*_: object, **__: object) -> None:
+    with open("/dev/full", "w") as file:  # the kernel itself says ENOSPC
+        file.write("x")
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An export whose slow steps do nothing: what a failing step leaves is under test."""
+    for step in SLOW:
+        monkeypatch.setattr(bundle_module, step, lambda *_, **__: None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_full_disk_at_any_step(refused: Callable[..., str], cheap: pytest.MonkeyPatch, step: str):
+    cheap.setattr(bundle_module, step, write_to_full_disk)
+    assert "disk is full" in refused(1, "--model", "demo", "--budget", "8,16", "--no-parity")
+
+
+def test_out_of_memory(refused: Callable[..., str], cheap: pytest.MonkeyPatch):
+    def exhaust(*_: object) -> None:
+        raise MemoryError
+
+    cheap.setattr(bundle_module, "trace_language", exhaust)
+    assert "memory" in refused(1, "--model", "demo", "--budget", "8,16")
+
+
+def test_failed_parity_leaves_no_bundle(refused: Callable[..., str], cheap: pytest.MonkeyPatch):
+    def disagree(*_: object) -> None:
+        raise ParityError("parity failed on here: query r=8, text: worst cosine 0.5")
+
+    cheap.setattr(bundle_module, "_judge", disagree)
+    assert "parity failed" in refused(1, "--model", "demo", "--budget", "8,16")
+
+
+CODE = "import sys; from metaembed.export.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def test_a_file_size_limit_while_really_exporting(demo_folder: Path, output: Path):
+    """The whole command in a process that may write 20 kB a file: less than any graph."""
+    result = subprocess.run(
+        [sys.executable, "-c", CODE, "--model", str(demo_folder), "--budget", "1,1", "--no-parity", "-o", str(output)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 1, result.stderr
+    assert "too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(output.parent.iterdir())
+
+
+def test_an_export_at_the_smallest_limits_still_finds_enough_to_compare(demo_bundle: Path, tmp_path: Path):
+    """One image token and one text token leave few golden inputs: each kind must still be judged."""
+    argv = ["--model", "demo", "--budget", "2,4", "--max-image-tokens", "4", "--max-text-tokens", "1", "--quiet"]
+    assert main([*argv, "-o", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "bundle.json").read_bytes())
+    assert record["parity"]["passed"] is True
+    assert {row["input"] for row in record["parity"]["vectors"]} == {"text", "image", "image + text"}

@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from metaembed.export.checkpoint import Checkpoint
 from metaembed.export.golden import draw_page
 from metaembed.export.reference import Reference
+from metaembed.export.source import Source
 from metaembed.runtime import layout
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.golden import GoldenItem
@@ -35,7 +37,7 @@ def encoder(demo_bundle: Path) -> Iterator[Encoder]:
 
 @pytest.fixture(scope="module")
 def reference(demo_folder: Path) -> Reference:
-    return Reference(demo_folder)
+    return Reference(Source(Checkpoint.open(demo_folder), demo_folder, (demo_folder,)))
 
 
 def encode(encoder: Encoder, side: str, items: Sequence[GoldenItem], budget: int | None = None) -> np.ndarray:

@@ -9,17 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from metaembed.export.checkpoint import Checkpoint
 from metaembed.export.golden import draw_page
 from metaembed.export.reference import Reference
+from metaembed.export.source import Source
 from metaembed.runtime.golden import GoldenItem
 
-# What the judge may share with the rest: the record that names one input. Not layouts, preprocessing, prompts, models.
-SHARED = {"metaembed.runtime.golden", "metaembed.runtime.golden.GoldenItem"}
+# What the judge may share with the rest: the record that names one input, and where the checkpoint's files lie. Not
+# layouts, preprocessing, prompts or models.
+SHARED = {"metaembed.runtime.golden", "metaembed.runtime.golden.GoldenItem", ".source", ".source.Source"}
 
 
 @pytest.fixture(scope="module")
 def reference(demo_folder: Path) -> Reference:
-    return Reference(demo_folder)
+    return Reference(Source(Checkpoint.open(demo_folder), demo_folder, (demo_folder,)))
 
 
 def test_the_reference_imports_nothing_that_it_judges():
@@ -30,9 +33,9 @@ def test_the_reference_imports_nothing_that_it_judges():
         if isinstance(node, ast.Import):
             named |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import reaches the exporter's own files"
-            named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    assert {name for name in named if name.startswith("metaembed")} == SHARED
+            module = "." * node.level + (node.module or "")
+            named |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    assert {name for name in named if name.startswith(("metaembed", "."))} == SHARED
 
 
 def test_a_left_padded_batch_equals_one_by_one(reference: Reference):

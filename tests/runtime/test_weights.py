@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from metaembed.export import weights
-from metaembed.export.weights import place_file
+from metaembed.runtime import weights
+from metaembed.runtime.weights import place_file
 
 CONTENT = bytes(range(256)) * 200
 

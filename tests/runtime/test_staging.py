@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from metaembed.export import staging
-from metaembed.export.staging import check_output, staged_folder
+from metaembed.runtime import staging
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.manifest import FORMAT, MANIFEST
+from metaembed.runtime.staging import check_output, staged_folder
 
 NOBODY = 999_999_999  # above the largest process id of Linux
 
@@ -172,7 +172,7 @@ def test_a_bundle_that_a_killed_run_had_moved_aside_comes_back(tmp_path: Path):
 WRITER = """
 import json, sys
 from pathlib import Path
-from metaembed.export.staging import staged_folder
+from metaembed.runtime.staging import staged_folder
 output = Path(sys.argv[1])
 print("ready", flush=True)
 for round in range(100_000):

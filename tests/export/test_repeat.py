@@ -1,0 +1,73 @@
+"""Cloned layers against a whole trace: every expected graph, and every expected vector, comes from tracing all layers.
+
+The geometry has six decoder layers and eight vision blocks with full attention at blocks 0, 3, 4 and 7 (conftest.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from metaembed.export.repeat import repeat_layers
+from metaembed.runtime.errors import BundleError
+
+PRECISIONS = ("fp32", "bf16")
+GRAPHS = [(name, precision) for name in ("vision", "language") for precision in PRECISIONS]
+
+
+def operators(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph)
+
+
+def weight_uses(model: ir.Model) -> Counter[tuple[str, str, int]]:
+    """Which operators read each weight, and at which of their inputs."""
+    return Counter(
+        (value.name, node.op_type, place)
+        for value in model.graph.initializers.values()
+        if re.match(r"visual|language_model|prompt_embed", value.name)
+        for node, place in value.uses()
+    )
+
+
+@pytest.mark.parametrize(("name", "precision"), GRAPHS)
+def test_cloned_graph_has_the_operators_and_weight_uses_of_a_whole_trace(deep, name, precision):
+    cloned, whole = deep.trace(name, precision), deep.trace(name, precision, True)
+    assert operators(cloned) == operators(whole)
+    assert weight_uses(cloned) == weight_uses(whole)
+    expected = {key for key in deep.weights("bf16").tensors if key.startswith("visual.") == (name == "vision")}
+    assert {key for key, _, _ in weight_uses(cloned)} == expected
+
+
+@pytest.mark.parametrize(("precision", "stored"), [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
+def test_cloned_graph_computes_what_a_whole_trace_computes(deep, precision, stored):
+    """fp32, fp32 over bf16 weights, and bf16 widened for the CPU. The same operators on the same bytes: to 1e-6."""
+    cloned, whole = deep.encode(precision, stored), deep.encode(precision, stored, whole=True)
+    for mine, wanted in zip(cloned, whole, strict=True):
+        np.testing.assert_allclose(mine, wanted, atol=1e-6 * np.abs(wanted).max())
+
+
+def test_layers_differ_so_that_a_swap_would_be_seen(deep):
+    """The comparison above has teeth: swapping the weights of two layers moves the embeddings by far more than 1e-6."""
+    refs = deep.refs("fp32")
+    a, b = (f"language_model.layers.{layer}.self_attn.v_proj.weight" for layer in (2, 3))
+    before = deep.encode("fp32", "fp32")[1]
+    deep.refs = lambda stored: refs | {a: refs[b], b: refs[a]}
+    path = deep.folder / "language-fp32-fp32-False.onnx"
+    kept = path.rename(deep.folder / "kept.onnx")
+    try:
+        after = deep.encode("fp32", "fp32")[1]
+    finally:
+        del deep.refs
+        kept.replace(path)
+    assert np.abs(after - before).max() > 1e-4
+
+
+@pytest.mark.parametrize("plan", [[1, 0, 2], [0, 1, 3], [0, 1, 1]])
+def test_a_plan_that_does_not_fit_the_trace_is_refused(deep, plan):
+    model = deep.trace("language", "fp32").clone()
+    with pytest.raises(BundleError, match="does not fit the traced layers"):
+        repeat_layers(model, "language_model.layers", plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -92,7 +93,7 @@ def measure_claims(split: Split, models: Mapping[str, Sequence]) -> tuple[list[R
 def judge_claims(points: Points) -> list[Record]:
     """What the points say of each claim; a claim about systems that were not measured is left out."""
     mmr = [points["MMR", budget] for budget in BUDGETS]
-    claims = [(f"quality rises from {a.budget} to {b.budget}", b, a) for a, b in zip(mmr, mmr[1:], strict=False)]
+    claims = [(f"quality rises from {a.budget} to {b.budget}", b, a) for a, b in itertools.pairwise(mmr)]
     for budget in BUDGETS[:-1]:
         claims.append((f"MMR beats NoMMR at {budget}", points["MMR", budget], points.get(("NoMMR", budget))))
     claims += [

@@ -22,6 +22,7 @@ COMMANDS = {
         "what scoring and encoding cost: arithmetic, this machine's measurements, devices' limits",
     ),
     "encoder": ("cli_encoder", "a bundle's encoder against PyTorch and a plainly exported graph"),
+    "engine": ("cli_engine", "TensorRT engines on this machine's GPU, against their limits"),
     "parity": ("cli_parity", "a bundle's golden inputs replayed, by image size; sensitivities where it is quantised"),
     "report": ("cli_report", "records as one self-contained HTML page with plots, and the plots as PNG"),
     "tables": ("cli_tables", "the tables between <!-- table: NAME --> markers, made again from the records"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -83,7 +84,7 @@ def score_cascade(queries: Floats, candidates: Floats, stages: Sequence[Stage]) 
 def _later_stages(
     query: Floats, candidates: Floats, scores: NDArray[np.float64], stages: Sequence[Stage]
 ) -> NDArray[np.float64]:
-    for number, (before, stage) in enumerate(zip(stages, stages[1:], strict=False), start=1):
+    for number, (before, stage) in enumerate(itertools.pairwise(stages), start=1):
         survivors = np.sort(np.argsort(-scores, kind="stable")[: before.keep])
         scores[survivors] = maxsim(query, candidates[survivors], stage.budget)[0] + number * STAGE_STEP
     return scores

@@ -30,6 +30,7 @@ RTX_BUILD_FACTOR, RTX_BUILD_BASE = 1.73, 0.22 * GIB
 TRT_BUILD_FACTOR, TRT_BUILD_BASE = 3.5, 1.0 * GIB
 # Activation memory that TensorRT-RTX reports for 3B bf16, per position (b * t, or patches) and value of the MLP's width:
 # 1.117 GB for 12,736 and 0.584 GB for 6,624 positions x 11,008; 2.039 GB for 57,856 patches x 3,420.
+# The demo in fp32: 13.54 GB for 8 images of 7,232 patches, 13.39 of which are attention scores.
 ACTIVATION_BYTES = {LANGUAGE: 8.0, VISION: 10.3}
 SERVING_BASE = 0.6 * GIB  # CUDA context, TensorRT, Python
 
@@ -91,7 +92,7 @@ def estimate_build(manifest: Manifest, engines: Iterable[EngineSpec], flavour: s
     factor, base = (
         (RTX_BUILD_FACTOR, RTX_BUILD_BASE) if flavour == "tensorrt_rtx" else (TRT_BUILD_FACTOR, TRT_BUILD_BASE)
     )
-    activations = int(max(_activation_bytes(geometry, engine) for engine in engines))
+    activations = int(max(_activation_bytes(manifest, engine) for engine in engines))
     return Estimate(
         weights=sum(weights.values()),
         plans=sum(plans),
@@ -101,16 +102,20 @@ def estimate_build(manifest: Manifest, engines: Iterable[EngineSpec], flavour: s
     )
 
 
-def _activation_bytes(geometry: Geometry, engine: EngineSpec) -> float:
+def _activation_bytes(manifest: Manifest, engine: EngineSpec) -> float:
     """Of the largest shape that any profile of the engine allows."""
     if engine.graph == SCORER:  # the widened candidates
         return max(4.0 * prod(profile.ranges["candidates"].max) for profile in engine.profiles)
-    name, width = {
-        VISION: ("patch_mask", geometry.vision.intermediate),
-        LANGUAGE: ("mask", geometry.text.intermediate),
-    }[engine.graph]
-    positions = max(prod(profile.ranges[name].max) for profile in engine.profiles)  # all patches, or b * t
-    return positions * width * ACTIVATION_BYTES[engine.graph]
+    part = manifest.geometry.vision if engine.graph == VISION else manifest.geometry.text
+    name = "patch_mask" if engine.graph == VISION else "mask"
+    width = part.intermediate * BYTES[manifest.precision] / 2 * ACTIVATION_BYTES[engine.graph]
+    shapes = [profile.ranges[name].max for profile in engine.profiles]  # (i, w, 64) or (b, t)
+    return max(prod(shape) * width + _score_bytes(manifest, part.heads, shape) for shape in shapes)
+
+
+def _score_bytes(manifest: Manifest, heads: int, shape: tuple[int, ...]) -> float:
+    """Attention scores before and after the softmax. Only in fp32: bf16 and fp16 attention is fused and keeps none."""
+    return 2 * 4.0 * heads * shape[0] * prod(shape[1:]) ** 2 if manifest.precision == "fp32" else 0.0
 
 
 def available_memory() -> int | None:

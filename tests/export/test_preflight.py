@@ -193,6 +193,38 @@ def test_a_full_disk_is_known_beforehand(bundle, monkeypatch):
     assert "the plans take about" in refusal(bundle, "a100")
 
 
+@pytest.mark.parametrize(
+    ("model", "precision", "graph", "profiles", "measured"),
+    [
+        ("3b", "bf16", "vision", 0, 2_039_076_864),
+        ("3b", "bf16", "language", 1, 1_116_533_248),
+        ("3b", "bf16", "language", 2, 583_598_592),
+        ("demo", "fp32", "vision", 0, 13_537_841_152),
+        ("demo", "fp32", "language", 1, 758_714_880),
+    ],
+)
+def test_estimated_activations_are_what_the_builder_stated(bundle, model, precision, graph, profiles, measured):
+    """Stated by TensorRT-RTX 1.7.1 in its log, for plans of these sizes built for compute capability 8.0."""
+    geometry = bundle.manifest.geometry if model == "demo" else KNOWN[model].geometry
+    manifest = replace(bundle.manifest, geometry=geometry, precision=precision)
+    side = {0: None, 1: "query", 2: "candidate"}[profiles]
+    engines = plan_engines(Sizes.of(manifest), manifest.budgets, side=side)
+    chosen = [engine for engine in engines if engine.name == graph]
+    assert estimate_build(manifest, chosen, "tensorrt_rtx").activations == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("graph", "plan", "peak"), [("vision", 1_359_083_004, 2_349_379_584), ("language", 6_232_459_972, 10_778_550_272)]
+)
+def test_estimated_plans_and_peaks_are_what_was_measured(bundle, graph, plan, peak):
+    """3B, random bf16 weights, built for compute capability 8.0 with TensorRT-RTX 1.7.1: within 1 % and 12 %."""
+    manifest = replace(bundle.manifest, **known(bundle, "3b"))
+    engines = [engine for engine in plan_engines(Sizes.of(manifest), manifest.budgets) if engine.name == graph]
+    estimate = estimate_build(manifest, engines, "tensorrt_rtx")
+    assert estimate.plans == pytest.approx(plan, rel=0.01)
+    assert estimate.build_peak == pytest.approx(peak, rel=0.12)
+
+
 def test_int8_halves_the_matrices_only(bundle):
     manifest = replace(bundle.manifest, **known(bundle, "7b"))
     engines = plan_engines(Sizes.of(manifest), BUDGETS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,6 +18,10 @@ TEXTS = (
     "def maxsim(q, c):\n    return (q @ c.T).max(-1).sum()\n",
     "naïve café, e\u0301lan, 1,234.56 €;   three   spaces and a\ttab",
     " and ".join(["a red umbrella", "a blue anchor", "a green star"] * 8),
+)
+
+LETTERS = (
+    "abcdefgh"  # one token each: they stand in for texts over the limit, so that there is always enough to compare
 )
 
 # (width, height) in pixels. 28 x 28 and the strips are the thinnest that Qwen makes; the rest are small, tall and wide,
@@ -39,18 +43,24 @@ IMAGE_SIZES = (
 )
 
 
-def golden_items(side: str, max_image_tokens: int, sizes: Sequence[tuple[int, int]] = IMAGE_SIZES) -> list[GoldenItem]:
-    """Texts, images and pairs for one side; the last image is the largest that the limit allows."""
+def golden_items(
+    side: str, max_image_tokens: int, text_fits: Callable[[str], bool] = lambda text: True
+) -> list[GoldenItem]:
+    """Texts, images and pairs for one side; the last image is the largest that the limit allows.
+
+    Whatever the limits, there are more than ten items and some of each kind.
+    """
     largest = int(np.sqrt(max_image_tokens)) * 28
-    fitting = [size for size in sizes if _units(size) <= max_image_tokens]
+    fitting = [size for size in IMAGE_SIZES if _units(size) <= max_image_tokens]
     seed = 0 if side == "query" else 1000
     images = [draw_page(seed + place, size) for place, size in enumerate([*fitting, (largest, largest)])]
-    texts = [GoldenItem(text=text) for text in TEXTS]
+    texts = [text for text in TEXTS if text_fits(text)]
+    texts += LETTERS[: len(TEXTS) - len(texts)]
     pairs = [
-        GoldenItem(TEXTS[place % len(TEXTS)], draw_page(seed + 500 + place, size))
+        GoldenItem(texts[place % len(texts)], draw_page(seed + 500 + place, size))
         for place, size in enumerate(fitting[::3])
     ]
-    return [*texts, *(GoldenItem(image=image) for image in images), *pairs]
+    return [*map(GoldenItem, texts), *(GoldenItem(image=image) for image in images), *pairs]
 
 
 def draw_page(seed: int, size: tuple[int, int]) -> Image.Image:

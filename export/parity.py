@@ -24,11 +24,7 @@ def write_goldens(
 ) -> None:
     """Encode every golden input with the reference and store it in the bundle, at the largest budget of each side."""
     for side in SIDES:
-        items = [
-            item
-            for item in golden_items(side, limits.image_tokens)
-            if item.text is None or reference.count_tokens(item.text) <= limits.text_tokens
-        ]
+        items = golden_items(side, limits.image_tokens, lambda text: reference.count_tokens(text) <= limits.text_tokens)
         # One by one: a batch of the largest and the smallest would be mostly padding.
         embeddings = np.concatenate([reference.encode(side, [item]) for item in track(items, f"reference, {side}")])
         most = max(getattr(budget, side) for budget in budgets)

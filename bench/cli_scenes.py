@@ -7,7 +7,7 @@ from pathlib import Path
 
 from metaembed.runtime.errors import UsageError
 
-SPLITS = ("train", "validation", "test")
+from .scenes import SPLITS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

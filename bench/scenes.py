@@ -74,6 +74,10 @@ class Scene:
     items: tuple[Item, ...]
 
     @property
+    def area(self) -> int:
+        return self.width * self.height
+
+    @property
     def pairs(self) -> frozenset[Pair]:
         return frozenset(item.pair for item in self.items)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from .train_words import word_step
 
 WORD_STEPS, WORD_RATE = 600, 2e-3
 MMR_STEPS, MMR_RATE = 1800, 1.5e-3
-VALIDATION_SEED = 1
+VALIDATION_SEED, VALIDATION_SCENES, VALIDATION_QUERIES = 1, 1000, (200, 50, 50)
 CHECK_EVERY = 300  # steps of stage 2
 
 
@@ -40,6 +41,9 @@ def train(folder: Path, *, groups: Mapping[Group, float], steps: int, seed: int,
             f"{folder} already holds a training run; add --resume to go on with it, or name another folder"
         )
     run, model = Run(folder, seed, quiet=quiet), DemoModel(seed)
+    _keep_settings(
+        folder, {"groups": [[*group, weight] for group, weight in groups.items()], "steps": steps, "seed": seed}
+    )
     words = Stage("words", WORD_STEPS, WORD_RATE, lambda rng, k: word_step(model, rng, k), dict, WORD_STEPS)
     run.train(model, model.parameters(), words)
     model.vision.requires_grad_(False)
@@ -54,11 +58,20 @@ def train(folder: Path, *, groups: Mapping[Group, float], steps: int, seed: int,
     return folder / "model"
 
 
+def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write what the run was asked for, or refuse to go on with another request."""
+    path = folder / "settings.json"
+    if not path.exists():
+        path.write_text(json.dumps(settings) + "\n")
+    elif json.loads(path.read_text()) != settings:
+        raise UsageError(f"{folder} was begun with other groups, steps or seed ({path}); resume it with the same ones")
+
+
 class _Validation:
     """nDCG@5 on a small validation split, for the log."""
 
     def __init__(self, model: DemoModel) -> None:
-        self.split = make_split("validation", VALIDATION_SEED, scenes=1000, queries=(200, 50, 50))
+        self.split = make_split("validation", VALIDATION_SEED, scenes=VALIDATION_SCENES, queries=VALIDATION_QUERIES)
         self.images = SplitImages(model, self.split)
 
     def ndcg(self, model: DemoModel, groups: Mapping[Group, float]) -> dict[str, Any]:

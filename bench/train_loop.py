@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from metaembed.runtime.command import progress
+from tqdm import tqdm
 
 SAVE_EVERY = 100  # steps
 LOG_EVERY = 25  # steps
@@ -56,7 +55,8 @@ class Run:
         optimiser = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.01)
         first = self._resume(stage, model, optimiser)
         begun = time.monotonic()
-        bar = progress(range(first, stage.steps), stage.name, total=stage.steps, initial=first, quiet=self.quiet)
+        hidden = True if self.quiet else None  # None: shown on a terminal only
+        bar = tqdm(range(first, stage.steps), stage.name, stage.steps, initial=first, disable=hidden, leave=False)
         for number in bar:
             for group in optimiser.param_groups:
                 group["lr"] = stage.rate(number)

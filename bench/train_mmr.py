@@ -59,7 +59,9 @@ class ScenePool:
         symbols = set(rng.permutation(len(WORDS))[: THEMES[index % len(THEMES)]].tolist())
         pairs = [pair for pair in allowed_pairs("train") if pair[0] in symbols]
         fixed = [sample_scene(rng, pairs) for _ in range(FIXED)]
-        varied = sorted((sample_scene(rng, pairs, varied=True) for _ in range(VARIED * SIZE_BANDS)), key=_area)
+        varied = sorted(
+            (sample_scene(rng, pairs, varied=True) for _ in range(VARIED * SIZE_BANDS)), key=lambda scene: scene.area
+        )
         band = index // len(THEMES) % SIZE_BANDS
         varied = varied[band * VARIED : (band + 1) * VARIED]
         scenes = (*fixed, *varied)
@@ -67,10 +69,6 @@ class ScenePool:
         with torch.no_grad():
             pages = self.model.see([query.page for query in queries if query.page])
             return SceneGroup(scenes, queries, self.model.see(fixed), self.model.see(varied), pages)
-
-
-def _area(scene: Scene) -> int:
-    return scene.width * scene.height
 
 
 def _page_query(rng: np.random.Generator, kind: str, scenes: tuple[Scene, ...]) -> Query:

@@ -68,10 +68,7 @@ def word_loss(table: Tensor, vectors: Tensor, labels: np.ndarray) -> tuple[Tenso
 def word_step(model: DemoModel, rng: np.random.Generator, number: int) -> tuple[Tensor, dict[str, float]]:
     """The loss of one step over fresh pages and phrases, and the share that it got right."""
     pairs = allowed_pairs("train")
-    varied = number % VARIED_EVERY == VARIED_EVERY - 1
-    scenes = [sample_scene(rng, pairs, varied=varied) for _ in range(VARIED if varied else FIXED)]
-    if varied:  # the smaller half of many: windows see no more of a large page, and cost as much
-        scenes = sorted(scenes + [sample_scene(rng, pairs, varied=True) for _ in scenes], key=scene_area)[: len(scenes)]
+    scenes = _draw_pages(rng, pairs, varied=number % VARIED_EVERY == VARIED_EVERY - 1)
     table = model.language.language_model.embed_tokens.weight
     loss, right = torch.zeros(()), {}
     for name, (vectors, labels) in {**_pages(model, scenes), **_phrases(model, rng, pairs)}.items():
@@ -80,8 +77,13 @@ def word_step(model: DemoModel, rng: np.random.Generator, number: int) -> tuple[
     return loss, right
 
 
-def scene_area(scene: Scene) -> int:
-    return scene.width * scene.height
+def _draw_pages(rng: np.random.Generator, pairs: Sequence[Pair], *, varied: bool) -> list[Scene]:
+    """Pages of 112 px, or the smaller half of twice as many varied ones: larger pages cost more and show the same."""
+    if not varied:
+        return [sample_scene(rng, pairs) for _ in range(FIXED)]
+    return sorted((sample_scene(rng, pairs, varied=True) for _ in range(2 * VARIED)), key=lambda page: page.area)[
+        :VARIED
+    ]
 
 
 def _pages(model: DemoModel, scenes: Sequence[Scene]) -> dict[str, tuple[Tensor, np.ndarray]]:

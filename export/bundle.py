@@ -27,6 +27,7 @@ from metaembed.runtime.manifest import (
 )
 from metaembed.runtime.processor import write_image_rules
 from metaembed.runtime.staging import staged_folder
+from metaembed.runtime.tensors import parameter_count
 from metaembed.runtime.text import Template, Tokenizer
 from metaembed.runtime.weights import place_file
 
@@ -39,12 +40,16 @@ from .trace import trace_language, trace_vision
 log = logging.getLogger(__name__)
 IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 NARROW = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
+LARGE = 1_000_000_000  # parameters from which parity is judged on few inputs
 TOOLS = ("metaembed-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """What to export. ``random_seed`` replaces the model's weights by random ones of its geometry."""
+    """What to export. ``random_seed`` replaces the model's weights by random ones of its geometry.
+
+    ``parity_inputs`` is ``full`` or ``quick``; by default quick for models that take minutes for each input.
+    """
 
     model: ResolvedModel
     budgets: Sequence[Budget]
@@ -52,6 +57,7 @@ class ExportRequest:
     precision: str = "fp32"
     parity: bool = True
     random_seed: int | None = None
+    parity_inputs: str | None = None
 
     def __post_init__(self) -> None:
         geometry = self.model.geometry
@@ -158,7 +164,8 @@ def _judge(request: ExportRequest, source: Source, folder: Path, progress: Progr
 
     progress.stage("encoding golden inputs with Hugging Face's model")
     reference = Reference(source, request.limits.image_tokens)
-    write_goldens(reference, folder, request.budgets, request.limits, progress.track)
+    inputs = request.parity_inputs or ("quick" if parameter_count(request.model.geometry) > LARGE else "full")
+    write_goldens(reference, folder, request.budgets, request.limits, progress.track, inputs=inputs)
     del reference  # before the bundle's own sessions take their memory
     write_manifest(folder, _manifest(request, source.checkpoint, None), skip=("work", "weights"))
     progress.stage("comparing")

@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="also build TensorRT engines: a100, orin, l4 ...; repeatable",
     )
     add("--dry-run", action="store_true", help="check the request and print what it takes; write nothing")
+    add("--parity", choices=("full", "quick"), help="inputs to judge on (default: full; quick from 1e9 parameters on)")
     add("--no-parity", action="store_true", help="skip the comparison with Hugging Face; the bundle says 'unverified'")
     parser.add_common()
     return run_command(parser, run, argv)
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         parity=not args.no_parity,
         random_seed=args.random_weights,
+        parity_inputs=args.parity,
     )
     check = export_bundle(request, output, force=args.force, progress=TerminalProgress(quiet=args.quiet))
     if check is not None and not args.quiet:

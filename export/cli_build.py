@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from metaembed.runtime.budget import Budget, parse_budgets
-from metaembed.runtime.command import EXIT_DONE, Parser, progress, run_command
+from metaembed.runtime.command import EXIT_DONE, Parser, run_command
 from metaembed.runtime.devices import Device
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.manifest import Bundle
@@ -126,7 +128,8 @@ class ProgressBars:
         if event["event"] == "phase" and event["parent"] is None:
             self._close()
             self._phase = (engine, event["name"])
-            self._bar = progress((), f"{engine}: {event['name'].lower()}", total=event["steps"], quiet=self._quiet)
+            what = f"{engine}: {event['name'].lower()}"
+            self._bar = tqdm(desc=what, total=event["steps"], disable=True if self._quiet else None, leave=False)
         elif event["event"] == "step" and self._phase == (engine, event["name"]):
             self._bar.update(event["done"] - self._bar.n)
 

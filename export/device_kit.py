@@ -9,11 +9,11 @@ from typing import Any
 
 from metaembed.runtime.devices import Device
 from metaembed.runtime.manifest import MANIFEST, Bundle, FileRecord
+from metaembed.runtime.staging import staged_folder
+from metaembed.runtime.weights import place_file
 
 from .device_wheel import write_device_wheel
 from .preflight import Preflight, gib
-from metaembed.runtime.staging import staged_folder
-from metaembed.runtime.weights import place_file
 
 KIT_RECORD, RECIPE, REQUIREMENTS = "kit.json", "BUILD.md", "requirements.txt"
 

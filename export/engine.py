@@ -223,11 +223,14 @@ def _failure(code: int, events: dict[str, Event], early: str, log: Path, peak: i
     return f"the builder refused the graph: {_first_error(log) or events.get('failed', {}).get('reason')}; log: {log}"
 
 
+NODE_DUMP = ("Begin node", "End node", "While parsing")  # the parser prints the node that it failed at, line by line
+
+
 def _first_error(log: Path) -> str | None:
-    """The first error line of a Polygraphy log, without its marker; node dumps are skipped."""
+    """The first error of a Polygraphy log that says something, without its marker."""
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         text = line.strip()
-        if text.startswith("[E]") and "Begin node" not in text and "While parsing" not in text:
+        if text.startswith("[E]") and not any(part in text for part in NODE_DUMP):
             return text.removeprefix("[E]").strip().rstrip(".!")
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -41,11 +41,32 @@ IMAGE_SIZES = (
     (100, 260),
     (420, 308),
 )
+QUICK_TEXTS = ("a red umbrella", "x", "two anchors", "図", "1,234.56 €", "метро", "def f():", "naïve café", "🙂")
+QUICK_SIDE = 448  # pixels of the largest page: 256 tokens
 
 
-def golden_items(
-    side: str, max_image_tokens: int, text_fits: Callable[[str], bool] = lambda text: True
-) -> list[GoldenItem]:
+def any_text(text: str) -> bool:
+    """No limit."""
+    return True
+
+
+def quick_items(side: str, max_image_tokens: int, text_fits: Callable[[str], bool] = any_text) -> list[GoldenItem]:
+    """The fewest inputs that say something of texts, images and pairs, small ones first: for models that take minutes.
+
+    Two queries of a text; of candidates one more than the ten that a ranking compares.
+    """
+    seed, count = (0, 2) if side == "query" else (1000, len(QUICK_TEXTS))
+    texts = _fitting(QUICK_TEXTS[:count], text_fits)
+    largest = min(QUICK_SIDE, int(np.sqrt(max_image_tokens)) * 28)
+    small = min(56, largest)
+    return [
+        *(GoldenItem(text=text) for text in texts),
+        GoldenItem(texts[0], draw_page(seed, (small, small))),
+        GoldenItem(image=draw_page(seed + 1, (largest, largest))),
+    ]
+
+
+def golden_items(side: str, max_image_tokens: int, text_fits: Callable[[str], bool] = any_text) -> list[GoldenItem]:
     """Texts, images and pairs for one side; the last image is the largest that the limit allows.
 
     Whatever the limits, there are more than ten items and some of each kind.
@@ -54,13 +75,17 @@ def golden_items(
     fitting = [size for size in IMAGE_SIZES if _units(size) <= max_image_tokens]
     seed = 0 if side == "query" else 1000
     images = [draw_page(seed + place, size) for place, size in enumerate([*fitting, (largest, largest)])]
-    texts = [text for text in TEXTS if text_fits(text)]
-    texts += LETTERS[: len(TEXTS) - len(texts)]
+    texts = _fitting(TEXTS, text_fits)
     pairs = [
         GoldenItem(texts[place % len(texts)], draw_page(seed + 500 + place, size))
         for place, size in enumerate(fitting[::3])
     ]
     return [*map(GoldenItem, texts), *(GoldenItem(image=image) for image in images), *pairs]
+
+
+def _fitting(texts: Sequence[str], fits: Callable[[str], bool]) -> list[str]:
+    kept = [text for text in texts if fits(text)]
+    return [*kept, *LETTERS[: len(texts) - len(kept)]]
 
 
 def draw_page(seed: int, size: tuple[int, int]) -> Image.Image:

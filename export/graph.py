@@ -10,14 +10,7 @@ import onnx_ir as ir
 from onnxscript import optimizer
 
 from metaembed.runtime.errors import BundleError
-
-# Every operator a default graph may hold. All are in the ONNX-TensorRT 10.3 operator table
-# (github.com/onnx/onnx-tensorrt/blob/release/10.3-GA/docs/operators.md), the parser that JetPack 6.2 ships.
-ALLOWED_OPERATORS = frozenset(
-    "Add And Cast Clip Concat Constant Cos Div Erf Expand Gather GreaterOrEqual Greater Identity LessOrEqual Less MatMul Max Min "
-    "Mul Neg Not Pow Range Reciprocal ReduceMean ReduceSum Reshape Shape Sigmoid Sin Slice Softmax Sqrt Squeeze Sub Transpose "
-    "Unsqueeze Where".split()
-)
+from metaembed.runtime.structure import OPERATORS as ALLOWED_OPERATORS
 
 
 @dataclass(frozen=True)
@@ -68,8 +61,11 @@ def attach_weights(model: ir.Model, refs: Mapping[str, WeightRef]) -> None:
             ref.location, ref.offset, ref.length, ref.dtype, shape=ir.Shape(ref.shape), name=name
         )
         if ref.dtype != value.dtype:
-            _cast_after(graph, value, value.dtype)
-            value.dtype = ref.dtype
+            wide = value.dtype
+            value.type = ir.TensorType(
+                ref.dtype
+            )  # not value.dtype = ..., which changes every value that shares the type
+            _cast_after(graph, value, wide)
         value.const_value = tensor
 
 
@@ -79,7 +75,7 @@ def _cast_after(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
     gathers = [node for node, index in users if node.op_type == "Gather" and index == 0]
     for node in gathers:
         output = node.outputs[0]
-        output.dtype = value.dtype
+        output.type = ir.TensorType(value.dtype)
         _replace_users(graph, output, tuple(output.uses()), dtype, after=node)
     others = tuple((node, index) for node, index in users if node not in gathers)
     if others:
@@ -110,7 +106,7 @@ def widen_for_cpu(model: ir.Model, narrow: ir.DataType) -> None:
     weights = {value for value in graph.initializers.values() if isinstance(value.const_value, ir.ExternalTensor)}
     for value in (*graph.inputs, *(out for node in graph for out in node.outputs)):
         if value.dtype == narrow:
-            value.dtype = wide
+            value.type = ir.TensorType(wide)
     for node in graph:
         if node.op_type == "Cast" and node.attributes["to"].as_int() == narrow:
             node.attributes["to"] = ir.AttrInt64("to", wide)
@@ -123,7 +119,7 @@ def widen_for_cpu(model: ir.Model, narrow: ir.DataType) -> None:
             _cast_after(graph, value, wide)
         else:
             value.const_value = ir.tensor(value.const_value.numpy().astype("float32"), name=value.name)
-            value.dtype = wide
+            value.type = ir.TensorType(wide)
 
 
 def check_operators(model: ir.Model, allowed: frozenset[str] = ALLOWED_OPERATORS) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +14,41 @@ from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.golden import SIDES, GoldenItem, golden_path, write_golden
 from metaembed.runtime.manifest import Limits
 
-from .golden import golden_items
+from .golden import golden_items, quick_items
 from .reference import Reference
 
-Track = Callable[[Iterable[GoldenItem], str], Iterable[GoldenItem]]
+Batches = list[list[GoldenItem]]
+Track = Callable[[Batches, str], Iterable[list[GoldenItem]]]
+INPUTS = {"full": golden_items, "quick": quick_items}
+SMALL = 4 * 28 * 28  # pixels: an image that adds no more positions than a few words do
 
 
 def write_goldens(
-    reference: Reference, folder: Path, budgets: Sequence[Budget], limits: Limits, track: Track = lambda items, _: items
+    reference: Reference,
+    folder: Path,
+    budgets: Sequence[Budget],
+    limits: Limits,
+    track: Track = lambda batches, _: batches,
+    *,
+    inputs: str = "full",
 ) -> None:
-    """Encode every golden input with the reference and store it in the bundle, at the largest budget of each side."""
+    """Encode golden inputs (``full`` or ``quick``) with the reference; store them at the largest budget of each side."""
     for side in SIDES:
-        items = golden_items(side, limits.image_tokens, lambda text: reference.count_tokens(text) <= limits.text_tokens)
-        # One by one: a batch of the largest and the smallest would be mostly padding.
-        embeddings = np.concatenate([reference.encode(side, [item]) for item in track(items, f"reference, {side}")])
+        items = INPUTS[inputs](
+            side, limits.image_tokens, lambda text: reference.count_tokens(text) <= limits.text_tokens
+        )
+        batches = _batches(items, together=reference.streamed)
+        embeddings = [reference.encode(side, batch) for batch in track(batches, f"reference, {side}")]
         most = max(getattr(budget, side) for budget in budgets)
-        write_golden(folder / golden_path(side), items, embeddings[:, :most])
+        write_golden(folder / golden_path(side), list(chain(*batches)), np.concatenate(embeddings)[:, :most])
+
+
+def _batches(items: Sequence[GoldenItem], *, together: bool) -> Batches:
+    """One by one, since a batch of large and small is mostly padding; but weights that are streamed make each batch dear."""
+    small = [item for item in items if item.image is None or item.image.width * item.image.height <= SMALL]
+    if not together or not small:
+        return [[item] for item in items]
+    return [small, *([item] for item in items if item not in small)]
 
 
 def check_export(folder: Path) -> Check:

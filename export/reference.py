@@ -21,12 +21,13 @@ from transformers.utils import logging as hf_logging
 from metaembed.runtime.golden import GoldenItem
 
 from .source import Source
+from .streamed import needs_streaming, open_streamed
 
 Floats = NDArray[np.float32]
 
 
 class Reference:
-    """HF's model in float32 on the CPU.
+    """HF's model in float32 on the CPU; its weights are streamed from disk when they would not fit in memory.
 
     Args:
         source: the checkpoint; HF reads the model from its folder.
@@ -36,7 +37,11 @@ class Reference:
     def __init__(self, source: Source, max_image_tokens: int = 1024) -> None:
         hf_logging.set_verbosity_error()  # it reports prompt_embed_tokens as an unexpected key
         hf_logging.disable_progress_bar()
-        self.model = Qwen2_5_VLModel.from_pretrained(source.folder, dtype=torch.float32).eval()
+        self.streamed = needs_streaming(source.checkpoint)
+        if self.streamed:
+            self.model = open_streamed(source.folder, source.checkpoint)
+        else:
+            self.model = Qwen2_5_VLModel.from_pretrained(source.folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(source.asset("tokenizer.json").parent)
         self.images = Qwen2VLImageProcessorPil.from_pretrained(source.asset("preprocessor_config.json").parent)
         limit = min(self.images.size["longest_edge"], max_image_tokens * 28 * 28)

@@ -50,6 +50,7 @@ typedef struct {
     int64_t queries, vectors, dims;
     const Group *groups;
     int64_t group_count;
+    const int64_t *chosen; /* which row of the groups item i is, or NULL for row i */
     float *scores;        /* scores[query * score_stride + item]; NaN where a similarity is not finite */
     int64_t score_stride;
 } Task;
@@ -111,6 +112,9 @@ EXPORT int metaembed_vector_width(void) { return 4; }
 #else
 #error "no kernel for this processor: the numpy path serves it"
 #endif
+
+/* Raised with every change of the structures above: maxsim_native.py leaves a library of another version alone. */
+EXPORT int metaembed_interface(void) { return 1; }
 
 /* Scores items first..last-1; safe to call from many threads on disjoint ranges. */
 EXPORT int metaembed_maxsim(int storage, const Task *task, int64_t first, int64_t last) {

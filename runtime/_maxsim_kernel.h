@@ -173,15 +173,18 @@ static void NAME(flat)(const Task *task, const Space *space, const Group *group,
     int64_t items[FLAT], item = vector / group->vectors, j = vector % group->vectors;
     float scales[FLAT];
     const int64_t whole = task->dims / CHUNK, rest = task->dims % CHUNK;
+    /* What follows is read next, unless the items are chosen ones. */
+    const int64_t ahead = task->chosen && group->vectors < 2 * FLAT ? 0 : FLAT * task->dims * BYTES;
     for (int c = 0; c < count; c++) {
-        candidates[c] = (const char *)group->data + (item * group->item_stride + j * task->dims) * BYTES;
-        scales[c] = STORAGE == INT8 ? group->scales[item * group->scale_stride + j] : 1.0f;
+        const int64_t row = task->chosen ? task->chosen[item] : item;
+        candidates[c] = (const char *)group->data + (row * group->item_stride + j * task->dims) * BYTES;
+        scales[c] = STORAGE == INT8 ? group->scales[row * group->scale_stride + j] : 1.0f;
         items[c] = item - first_item;
         if (++j == group->vectors) item++, j = 0;
     }
     for (int64_t k = 0; k < whole; k += BLOCK_CHUNKS) {
         int64_t chunks = MIN(BLOCK_CHUNKS, whole - k);
-        NAME(products)(task, space, k, chunks, candidates, count, FLAT * task->dims * BYTES);
+        NAME(products)(task, space, k, chunks, candidates, count, ahead);
         for (int c = 0; c < count; c++) candidates[c] += chunks * CHUNK * BYTES;
     }
     if (rest) { /* the last dims through a padded copy: nothing is read beyond a vector's end */

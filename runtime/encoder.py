@@ -135,9 +135,14 @@ class Encoder:
             raise UsageError(f"a batch of {batch_size} items is not possible; batch_size is at least 1")
         result = np.empty((len(pairs), vectors, self.dim), np.float32)
         for chunk in self._chunks(side, pairs):
-            for batch in self._batches(chunk, batch_size or DEFAULT_BATCH):
+            for batch in self._batches(chunk, self._batch_size(batch_size)):
                 result[[item.place for item in batch]] = self._run(side, batch, vectors)
         return result
+
+    def _batch_size(self, asked: int | None) -> int:
+        """What was asked for, or the default, within what an engine's profiles allow."""
+        limits = [limit for limit in (self._vision.max_items, self._language.max_items) if limit is not None]
+        return min([asked or DEFAULT_BATCH, *limits])
 
     def _vectors(self, side: Side, budget: Budget | int | None) -> int:
         most: int = getattr(self.bundle.manifest.largest, side)

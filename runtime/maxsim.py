@@ -47,31 +47,36 @@ def maxsim(queries: NDArray[Any], candidates: Vectors, budget: Budget | None = N
     return score_groups(queries, [candidates])
 
 
-def score_groups(queries: Floats, groups: Sequence[Vectors]) -> Floats:
+def score_groups(queries: Floats, groups: Sequence[Vectors], chosen: NDArray[np.int64] | None = None) -> Floats:
     """MaxSim by the fastest path for these shapes, over candidates whose vectors lie in one or more arrays.
 
     Args:
         queries: (q, r_q, d) float32, contiguous.
         groups: arrays (n, r_g, d) of one n and d; the vectors of item i are those of row i in all of them.
+        chosen: rows to score, in this order; all n by default.
+
+    Returns:
+        (q, n) float32, or (q, len(chosen)).
 
     Raises:
         UsageError: a similarity is NaN or infinite.
     """
     if not len(queries) or len(queries) * queries.shape[1] >= BLAS_ROWS or not maxsim_native.can_score(groups):
-        return maxsim_reference(queries, groups)
-    scores = maxsim_native.score(queries, groups)
+        return maxsim_reference(queries, groups, chosen)
+    scores = maxsim_native.score(queries, groups, chosen)
     finite = np.isfinite(scores).all(axis=0)
     if not finite.all():
         raise not_finite(int(np.argmin(finite)))
     return scores
 
 
-def maxsim_reference(queries: Floats, groups: Sequence[Vectors]) -> Floats:
+def maxsim_reference(queries: Floats, groups: Sequence[Vectors], chosen: NDArray[np.int64] | None = None) -> Floats:
     """`score_groups` in plain numpy, one tile of candidates at a time. It judges every faster path."""
     dims, vectors = queries.shape[2], sum(group.shape[1] for group in groups)
-    scores = np.empty((len(queries), groups[0].shape[0]), np.float32)
-    for items in _tiles(groups[0].shape[0], vectors * dims):
-        tile = np.concatenate([as_float32(group, items) for group in groups], axis=1)  # (n, r_c, d)
+    scores = np.empty((len(queries), groups[0].shape[0] if chosen is None else len(chosen)), np.float32)
+    for items in _tiles(scores.shape[1], vectors * dims):
+        rows = items if chosen is None else chosen[items]
+        tile = np.concatenate([as_float32(group, rows) for group in groups], axis=1)  # (n, r_c, d)
         for some in _tiles(len(queries), queries.shape[1] * tile.shape[0] * tile.shape[1]):
             scores[some, items] = _score_tile(queries[some], tile, items.start)
     return scores
@@ -103,7 +108,7 @@ def prefix(candidates: Vectors, vectors: int) -> Vectors:
     return candidates.prefix(vectors) if isinstance(candidates, Int8Vectors) else candidates[:, :vectors]
 
 
-def as_float32(candidates: Vectors, items: slice) -> Floats:
+def as_float32(candidates: Vectors, items: slice | NDArray[np.int64]) -> Floats:
     """A copy of some items as contiguous float32 (n, r, d)."""
     if isinstance(candidates, Int8Vectors):
         return dequantize_int8(Int8Vectors(candidates.codes[items], candidates.scales[items]))

@@ -22,6 +22,7 @@ from .int8 import Int8Vectors
 
 # As in _maxsim.c: dims in one step, and the rows up to which lanes are dims rather than query vectors.
 CHUNK, FEW = 32, 4
+INTERFACE = 1
 BLOCK_ITEMS = 96
 STORAGE = {np.dtype(ml_dtypes.bfloat16): 0, np.dtype(np.float32): 1, np.dtype(np.int8): 2}
 # Multiply-adds below which waking threads (about 50 us) costs more than it saves.
@@ -48,6 +49,7 @@ class _Task(ctypes.Structure):
         ("dims", ctypes.c_int64),
         ("groups", ctypes.POINTER(_Group)),
         ("group_count", ctypes.c_int64),
+        ("chosen", ctypes.c_void_p),
         ("scores", ctypes.c_void_p),
         ("score_stride", ctypes.c_int64),
     )
@@ -60,6 +62,8 @@ def library() -> ctypes.CDLL | None:
         try:
             loaded = ctypes.CDLL(str(path))
         except OSError:  # built for another machine
+            continue
+        if getattr(loaded, "metaembed_interface", int)() != INTERFACE:  # left over from another version
             continue
         loaded.metaembed_maxsim.argtypes = (ctypes.c_int, ctypes.POINTER(_Task), ctypes.c_int64, ctypes.c_int64)
         if loaded.metaembed_vector_width():
@@ -81,20 +85,29 @@ def can_score(groups: Sequence[NDArray[Any] | Int8Vectors]) -> bool:
     return library() is not None and len(kinds) == 1 and kinds <= STORAGE.keys() and all(map(_is_dense, groups))
 
 
-def score(queries: NDArray[np.float32], groups: Sequence[NDArray[Any] | Int8Vectors]) -> NDArray[np.float32]:
+def score(
+    queries: NDArray[np.float32],
+    groups: Sequence[NDArray[Any] | Int8Vectors],
+    chosen: NDArray[np.int64] | None = None,
+) -> NDArray[np.float32]:
     """MaxSim of (q, r_q, d) float32 over groups (n, r_g, d) that `can_score` takes; an item has the vectors of all.
+
+    Args:
+        chosen: the rows of the groups to score, in this order; all by default.
 
     Returns:
         (q, n) float32; NaN where a similarity is NaN or infinite.
     """
     kernels = library()
     assert kernels is not None
-    (q, r_q, d), n = queries.shape, groups[0].shape[0]
+    (q, r_q, d), n = queries.shape, groups[0].shape[0] if chosen is None else len(chosen)
     storage = STORAGE[_values(groups[0]).dtype]
     packed, rows = pack(queries, storage == 0, kernels.metaembed_vector_width())
     structs = (_Group * len(groups))(*map(_describe, groups))
     scores = np.empty((q, n), np.float32)
-    task = _Task(packed.ctypes.data, rows, q, r_q, d, structs, len(groups), scores.ctypes.data, n)
+    selection = None if chosen is None else np.ascontiguousarray(chosen, np.int64)
+    address = None if selection is None else selection.ctypes.data
+    task = _Task(packed.ctypes.data, rows, q, r_q, d, structs, len(groups), address, scores.ctypes.data, n)
 
     def run(first: int, last: int) -> int:
         return int(kernels.metaembed_maxsim(storage, ctypes.byref(task), first, last))

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from .errors import MetaEmbedError
 from .manifest import Bundle, cpu_graph
 from .session import Session
+from .session_trt import open_trt_sessions
 
 # Above this, the float32 copies that ONNX Runtime would fold from narrow weights are worth avoiding.
 LEAN_BYTES = 1 << 30
 
 
-def open_sessions(bundle: Bundle, graphs: Iterable[str], *, threads: int = 0) -> list[Session]:
-    """A session for each graph: ONNX Runtime on this machine's CPU, on the float32 twin of a narrow graph."""
+def open_sessions(bundle: Bundle, graphs: Sequence[str], *, threads: int = 0) -> list[Session]:
+    """A session for each graph: the bundle's TensorRT engines for this GPU if there are any, else ONNX Runtime.
+
+    Raises:
+        BundleError: the bundle has engines for this GPU's kind that may not be loaded here.
+        MetaEmbedError: neither TensorRT nor ONNX Runtime can be used.
+    """
+    return open_trt_sessions(bundle, graphs) or open_ort_sessions(bundle, graphs, threads=threads)
+
+
+def open_ort_sessions(bundle: Bundle, graphs: Sequence[str], *, threads: int = 0) -> list[Session]:
+    """ONNX Runtime on this machine's CPU, on the float32 twin of a narrow graph."""
     try:
         from .session_ort import OrtSession
     except ImportError:

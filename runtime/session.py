@@ -22,6 +22,10 @@ class Session(Protocol):
     def inputs(self) -> Mapping[str, np.dtype[Any]]:
         """Name and type of each input."""
 
+    @property
+    def max_items(self) -> int | None:
+        """The most items in one run; None where there is no limit."""
+
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """Run once; shapes may differ from call to call."""
 

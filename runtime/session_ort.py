@@ -52,6 +52,9 @@ class OrtSession:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = options.enable_mem_pattern = not lean
+        # INT8 products must not saturate: on x86 without VNNI the default kernel adds pairs of products in 16 bits, and its
+        # worst output was off by 8.6 % of the largest; with this, by 1.3e-7, at the same speed within noise.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         disabled = ["ConstantFolding"] if lean else []
         try:
             self._session: Any = ort.InferenceSession(
@@ -72,6 +75,10 @@ class OrtSession:
     @property
     def inputs(self) -> Mapping[str, np.dtype[Any]]:
         return self._inputs
+
+    @property
+    def max_items(self) -> int | None:
+        return None
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         if self._session is None:

@@ -5,6 +5,7 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from metaembed.bench.demo_tokenizer import SPECIAL_TOKENS, build_tokenizer, write_tokenizer
 from metaembed.bench.scenes import COLOUR_WORDS, WORDS
 

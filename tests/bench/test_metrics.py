@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from metaembed.bench.metrics import mean_reciprocal_rank, ndcg, recall
 
 pytrec_eval = pytest.importorskip("pytrec_eval", reason="pytrec-eval-terrier is not installed")

@@ -5,6 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+
 from metaembed.bench import scenes, scenes_queries
 from metaembed.bench.scenes_render import render
 

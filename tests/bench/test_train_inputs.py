@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from metaembed.bench import train_inputs
 from metaembed.bench.demo_model import write_checkpoint
 from metaembed.bench.scenes import Scene, allowed_pairs, sample_scene, split_generator

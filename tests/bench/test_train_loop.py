@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from torch import nn
+
 from metaembed.bench import train_loop
 from metaembed.bench.train_loop import Run, Stage
-from torch import nn
 
 
 def fresh_model():

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from metaembed.bench.train import parse_groups
 from metaembed.bench.train_loss import TEMPERATURE, contrastive_loss, group_scores, mmr_loss, similarities
 from metaembed.runtime.errors import UsageError

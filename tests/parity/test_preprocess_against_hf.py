@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from metaembed.runtime.errors import UsageError
-from metaembed.runtime.images import ImageRules, load_image, patchify, smart_resize
-from metaembed.runtime.text import Template, Tokenizer
 from PIL import Image
 from tokenizers import AddedToken, pre_tokenizers
 from tokenizers.models import BPE
@@ -19,6 +16,10 @@ from tokenizers.trainers import BpeTrainer
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as hf_smart_resize
+
+from metaembed.runtime.errors import UsageError
+from metaembed.runtime.images import ImageRules, load_image, patchify, smart_resize
+from metaembed.runtime.text import Template, Tokenizer
 
 # Qwen2.5-VL's added tokens, in id order; those from <tool_call> on are not "special".
 SPECIAL = [f"<|{name}|>" for name in (

@@ -1,6 +1,7 @@
 """The device table against facts from elsewhere: peak rates from units x rate x clock, the support matrix."""
 
 import pytest
+
 from metaembed.runtime.devices import (
     DEVICES,
     JETPACKS,

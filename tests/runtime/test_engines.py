@@ -25,7 +25,7 @@ class NoTensorRT:
             pass
 
     @staticmethod
-    def Runtime(logger):  # noqa: N802 - TensorRT's name
+    def Runtime(logger):
         raise AssertionError("a plan was about to be deserialised")
 
 

@@ -7,9 +7,10 @@ import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.images import ImageRules, load_image, patchify, smart_resize
-from PIL import Image
 
 WRITABLE = {
     "png": ("RGB", "L", "P", "1"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.int8 import dequantize_int8, quantize_int8

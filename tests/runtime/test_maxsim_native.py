@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from metaembed.runtime import maxsim_native
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.int8 import Int8Vectors, dequantize_int8, quantize_int8
@@ -106,6 +107,18 @@ def test_kernels_give_not_a_number_for_what_is_not_finite(value, r_q):
     np.testing.assert_array_equal(np.isfinite(maxsim_native.score(queries, [candidates])), [[1, 1, 0, 1, 1]])
     with pytest.raises(UsageError, match="candidate 2 has"):
         maxsim(queries, candidates)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("storage", [BFLOAT16, "int8"])
+def test_chosen_rows_score_as_if_copied_out(storage):
+    """Brute force over the copies; rows may repeat and come in any order."""
+    rng = np.random.default_rng(5)
+    queries, groups = unit(rng, 2, 4, 70), [stored(unit(rng, 9, size, 70), storage) for size in (1, 3)]
+    chosen = np.array([8, 2, 2, 0, 5])
+    expected = brute_force(queries, groups)[:, chosen]
+    np.testing.assert_allclose(maxsim_native.score(queries, groups, chosen), expected, rtol=0, atol=8e-6)
+    np.testing.assert_allclose(maxsim_reference(queries, groups, chosen), expected, rtol=0, atol=8e-6)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -137,7 +137,7 @@ def test_the_profile_tuned_for_the_side_is_chosen(bundle, rig):
     engine = rig.engines[LANGUAGE][0]
     encoder.encode_queries(["a red umbrella"], budget=16)
     assert engine.used_profiles == [0]
-    encoder.encode_candidates(images=[Image.new("RGB", (896, 896))], budget=64)
+    encoder.encode_candidates(images=[Image.new("RGB", (448, 448))], budget=16)
     assert engine.used_profiles == [0, 1]
 
 

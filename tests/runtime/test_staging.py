@@ -58,7 +58,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, error: type[BaseExcepti
         output.mkdir()
     elif before == "bundle":
         make_bundle(output)
-    with pytest.raises(error), staged_folder(output, force=True) as folder:  # noqa: PT012 - the failure is inside
+    with pytest.raises(error), staged_folder(output, force=True) as folder:
         write_bundle(folder)
         raise error
     assert names(tmp_path) == ([] if before == "nothing" else ["out"])
@@ -141,7 +141,7 @@ def test_files_and_links_are_never_replaced(tmp_path: Path, kind: str):
 
 def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path: Path):
     output = tmp_path / "out"
-    with pytest.raises(UsageError, match="give -f"), staged_folder(output, force=False) as folder:  # noqa: PT012 - likewise
+    with pytest.raises(UsageError, match="give -f"), staged_folder(output, force=False) as folder:
         write_bundle(folder)
         make_bundle(output, "theirs")
     assert content(output) == "theirs"

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.text import Template, Tokenizer
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 SPELLINGS = (*CONTROL, "<tool_call>")

@@ -1,0 +1,109 @@
+"""``metaembed-bench engine``: latency of a bundle's TensorRT engines on this GPU, at every budget and side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metaembed.runtime import layout
+from metaembed.runtime.errors import MetaEmbedError
+from metaembed.runtime.manifest import LANGUAGE, VISION, Bundle
+from metaembed.runtime.session import Session
+from metaembed.runtime.session_trt import open_trt_sessions
+
+WARM_UP, RUNS = 5, 50
+TEXT_TOKENS = 32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, help="a bundle with engines for this GPU (metaembed-build)")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="items at once (default: 1)")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay recorded CUDA graphs where shapes repeat")
+    parser.add_argument("-o", "--output", type=Path, help="append the records to this JSONL file")
+
+
+def work(args: argparse.Namespace) -> int:
+    bundle = Bundle.open(args.bundle)
+    sessions = open_trt_sessions(bundle, (VISION, LANGUAGE), cuda_graphs=args.cuda_graphs)
+    if sessions is None:
+        raise MetaEmbedError(f"there is no engine for a GPU here; on the device: metaembed-build {args.bundle}")
+    try:
+        for record in measure_engines(bundle, *sessions, batch=args.batch):
+            record |= {"cuda_graphs": args.cuda_graphs}
+            print(json.dumps(record))
+            if args.output:
+                with args.output.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+    finally:
+        for session in sessions:
+            session.close()
+    return 0
+
+
+def measure_engines(
+    bundle: Bundle, vision: Session, language: Session, *, batch: int = 1, runs: int = RUNS
+) -> Iterator[dict[str, Any]]:
+    """One record for the vision graph, then one for each side and number of vectors that the bundle's budgets name.
+
+    A query is 32 text tokens; a candidate is one square image at the bundle's limit and 32 text tokens. Times include
+    the copies to and from the GPU; each run ends when the result is on the host.
+    """
+    grid = _square_grid(bundle)
+    pixels = np.random.default_rng(0).standard_normal((grid[0] * grid[1], bundle.manifest.geometry.vision.patch_values))
+    images = layout.lay_out_images([pixels.astype(np.float32)] * batch, [grid] * batch)
+    common = {"runs_on": language.description, "model": bundle.manifest.model, "batch": batch, "runs": runs}
+
+    def see() -> Any:
+        return np.asarray(vision.run(images.feeds())["image_embeddings"])
+
+    yield {"graph": VISION, "image_tokens": grid[0] * grid[1] // 4, **common, **time_runs(see, runs)}
+    embedded = see()
+    sides = {(side, getattr(budget, side)) for budget in bundle.manifest.budgets for side in ("query", "candidate")}
+    for side, vectors in sorted(sides):
+        feeds = _language_feeds(bundle, side, vectors, batch, grid, images.patches.shape[1], embedded)
+        tokens = int(feeds["token_ids"].shape[1])
+        times = time_runs(lambda feeds=feeds: language.run(feeds)["embeddings"], runs)
+        yield {"graph": LANGUAGE, "side": side, "vectors": vectors, "positions": tokens, **common, **times}
+
+
+def time_runs(run: Callable[[], object], runs: int) -> dict[str, float]:
+    """Percentiles in milliseconds, after a warm-up."""
+    for _ in range(WARM_UP):
+        run()
+    taken = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        run()
+        taken.append((time.perf_counter() - start) * 1e3)
+    return {f"p{rank}_ms": round(float(np.percentile(taken, rank)), 3) for rank in (50, 90, 99)}
+
+
+def _square_grid(bundle: Bundle) -> tuple[int, int]:
+    side = isqrt(bundle.manifest.limits.image_tokens) * layout.MERGE
+    return side, side
+
+
+def _language_feeds(
+    bundle: Bundle, side: str, vectors: int, batch: int, grid: tuple[int, int], windows: int, embedded: Any
+) -> Mapping[str, Any]:
+    geometry = bundle.manifest.geometry
+    text = np.random.default_rng(1).integers(0, 256, TEXT_TOKENS)
+    if side == "query":
+        prompt, shown = text, None
+        meta = layout.query_meta_tokens(geometry.text.vocab, vectors)
+        embedded = np.zeros((1, 1, geometry.text.hidden), embedded.dtype)
+    else:
+        prompt = np.concatenate([np.full(grid[0] * grid[1] // 4, geometry.image_token_id), text])
+        shown = grid
+        meta = layout.candidate_meta_tokens(geometry.text.vocab, geometry.query_tokens, vectors)
+    inputs = layout.lay_out_prompts(
+        [prompt] * batch, [shown] * batch, meta, vectors, image_token=geometry.image_token_id, windows=windows
+    )
+    return {**inputs.feeds(), "image_embeddings": embedded}

@@ -1,0 +1,117 @@
+"""The recipe: which groups are quantised, with which ranges and smoothing, and what each costs; to read, edit and replay."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from metaembed.runtime.errors import UsageError
+
+from .formats import FORMATS
+from .smoothing import Smoothing
+
+FORMAT, VERSION = "metaembed-recipe", 1
+
+
+@dataclass(frozen=True)
+class GroupRecipe:
+    """One group of Linears.
+
+    Attributes:
+        amax: magnitude of the input that becomes the largest code.
+        share: of the Linears' multiply-adds over the calibration set.
+        cost: 1 - the worst cosine when this group alone is quantised; None where it was not measured.
+    """
+
+    name: str
+    amax: float
+    share: float
+    quantised: bool = True
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a bundle was, or is to be, quantised."""
+
+    type: str
+    observer: str
+    groups: tuple[GroupRecipe, ...]
+    smoothings: tuple[Smoothing, ...] = ()
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """Share of the Linears' multiply-adds that is quantised."""
+        return math.fsum(group.share for group in self.groups if group.quantised)
+
+    @property
+    def high(self) -> list[str]:
+        """Names of the groups kept in the graph's own precision."""
+        return [group.name for group in self.groups if not group.quantised]
+
+    def quantising(self, names: Iterable[str]) -> Recipe:
+        """The same recipe, with exactly these groups quantised."""
+        wanted = set(names)
+        return replace(self, groups=tuple(replace(group, quantised=group.name in wanted) for group in self.groups))
+
+    def with_costs(self, costs: Mapping[str, float]) -> Recipe:
+        groups = tuple(replace(group, cost=costs.get(group.name, group.cost)) for group in self.groups)
+        return replace(self, groups=groups)
+
+    def check_fits(self, names: Sequence[str]) -> None:
+        """Raise UsageError unless the recipe speaks of exactly these groups."""
+        strange = sorted(set(names) ^ {group.name for group in self.groups})
+        if strange:
+            raise UsageError(f"the recipe is of another model: {strange[0]} is in one and not in the other")
+
+    def save(self, path: Path) -> None:
+        # Lists of numbers stay on one line: a file of a line per channel is nothing anyone reads.
+        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        groups, smoothings = ([json.dumps(entry) for entry in data.pop(key)] for key in ("groups", "smoothings"))
+        head = json.dumps(data, indent=1).removesuffix("\n}")
+        lists = (
+            f' "{key}": [\n  ' + ",\n  ".join(rows) + "\n ]" if rows else f' "{key}": []'
+            for key, rows in (("groups", groups), ("smoothings", smoothings))
+        )
+        path.write_text(f"{head},\n" + ",\n".join(lists) + "\n}\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Read a recipe, perhaps edited by hand.
+
+        Raises:
+            UsageError: it is missing, of another format, or a field is missing or of the wrong kind; the sentence says which.
+        """
+        try:
+            data = json.loads(path.read_bytes())
+            if (data.pop("format"), data.pop("version")) != (FORMAT, VERSION):
+                raise ValueError(f"it is not of format {FORMAT} version {VERSION}")
+            groups = tuple(GroupRecipe(**group) for group in data.pop("groups"))
+            smoothings = tuple(
+                Smoothing(**{**entry, "linears": tuple(entry["linears"]), "exponents": tuple(entry["exponents"])})
+                for entry in data.pop("smoothings")
+            )
+            recipe = cls(groups=groups, smoothings=smoothings, **data)
+            recipe._check()
+        except OSError as error:
+            raise UsageError(f"the recipe {path} cannot be read ({error.strerror})") from None
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UsageError(f"the recipe {path} cannot be used ({type(error).__name__}: {error})") from None
+        return recipe
+
+    def _check(self) -> None:
+        if self.type not in FORMATS:
+            raise ValueError(f"type {self.type!r} is not one of {', '.join(FORMATS)}")
+        for group in self.groups:
+            if not (isinstance(group.amax, (int, float)) and math.isfinite(group.amax) and group.amax >= 0):
+                raise ValueError(f"amax of {group.name} is {group.amax!r}")
+            if not isinstance(group.quantised, bool):
+                raise ValueError(f"quantised of {group.name} is {group.quantised!r}, not true or false")
+        for smoothing in self.smoothings:
+            if not all(type(exponent) is int and abs(exponent) <= 64 for exponent in smoothing.exponents):
+                raise ValueError(f"exponents of {smoothing.source} are not whole numbers")

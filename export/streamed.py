@@ -1,0 +1,99 @@
+"""Hugging Face's model for weights that do not fit in memory: each layer's are read just before it runs, then dropped.
+
+The modules are HF's own, made without storage (torch's meta device); only the token table is replaced, by one that reads
+the rows it is asked for. A test holds the embeddings equal, to the bit, to those of ``from_pretrained``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+from metaembed.runtime.tensors import TOKEN_TABLE
+
+from .checkpoint import Checkpoint
+
+MEMINFO = Path("/proc/meminfo")
+SHARE = 0.5  # of the free memory may hold float32 weights; activations and the system want the rest
+
+
+def needs_streaming(checkpoint: Checkpoint) -> bool:
+    """Whether the weights in float32 would take more than half of the memory that is free now."""
+    values = sum(int(np.prod(ref.shape)) for ref in checkpoint.tensors.values())
+    free = available_bytes()
+    return free is not None and 4 * values > SHARE * free
+
+
+def available_bytes() -> int | None:
+    """Memory that programs can have without swapping, or None where the system does not say."""
+    try:
+        lines = MEMINFO.read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def open_streamed(folder: Path, checkpoint: Checkpoint) -> Qwen2_5_VLModel:
+    """``Qwen2_5_VLModel`` in float32 whose memory is that of its largest layer.
+
+    Args:
+        folder: has the config.json that HF reads.
+        checkpoint: where each tensor lies, by the names of ``Qwen2_5_VLModel``.
+    """
+    with torch.device("meta"):
+        model = Qwen2_5_VLModel(Qwen2_5_VLConfig.from_pretrained(folder))
+    model.language_model.embed_tokens = StoredTable(checkpoint)
+    _restore_buffers(model)
+    for name, module in _units(model):
+        _stream(module, name, checkpoint)
+    return model.eval()
+
+
+class StoredTable(nn.Module):
+    """The token table, left on disk: ids (b, t) -> float32 (b, t, d)."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.rows = checkpoint.read(TOKEN_TABLE)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.from_numpy(self.rows[ids.numpy()].astype(np.float32))
+
+
+def _restore_buffers(model: nn.Module) -> None:
+    """Rotary frequencies are in no checkpoint: modules that own some are made again, with storage."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            model.set_submodule(name, type(module)(module.config))
+
+
+def _units(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """What is loaded at once: an element of a module list (a decoder layer, a vision block), or a leaf outside of them."""
+    for child, module in model.named_children():
+        path = f"{name}{child}"
+        if isinstance(module, nn.ModuleList):
+            yield from ((f"{path}.{place}", item) for place, item in enumerate(module))
+        elif any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            yield path, module
+        else:
+            yield from _units(module, f"{path}.")
+
+
+def _stream(module: nn.Module, name: str, checkpoint: Checkpoint) -> None:
+    """Give a module its weights before each forward and take them away after."""
+    empty = module.state_dict()
+
+    def load(*_: object) -> None:
+        weights = {key: checkpoint.read(f"{name}.{key}").astype(np.float32) for key in empty}
+        module.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()}, assign=True)
+
+    def drop(*_: object) -> None:
+        module.load_state_dict(empty, assign=True)
+
+    module.register_forward_pre_hook(load)
+    module.register_forward_hook(drop, always_call=True)

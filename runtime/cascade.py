@@ -1,0 +1,199 @@
+"""Search in stages: a small budget over everything, larger budgets over the survivors. Every stage is exact.
+
+Ties are broken by id, in the order of their characters, so a result never depends on how items lie in segments.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .budget import Budget
+from .errors import MetaEmbedError, UsageError
+from .index import Hit, Index, Part, Snapshot
+from .index_filter import parse_filters
+from .index_segment import Rows
+from .maxsim import Floats, prepare, score_groups
+
+log = logging.getLogger(__name__)
+ATTEMPTS = 5  # a search starts again when `compact` removed its survivors' rows; compactions are minutes apart
+# A filter that leaves fewer than this share is scored row by row, else over everything and then applied.
+SELECTIVE = 0.1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: the vectors it uses, and how many items it leaves (the last stage: as many as are asked for)."""
+
+    budget: Budget
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.keep < 1:
+            raise UsageError(f"stage {self} leaves nothing; keep at least 1")
+
+    def __str__(self) -> str:
+        return str(self.budget) if self.keep is None else f"{self.budget}:{self.keep}"
+
+    @classmethod
+    def parse(cls, text: str) -> Stage:
+        """Read ``R_Q,R_C:KEEP`` or ``R_Q,R_C``."""
+        match = re.fullmatch(r"([^:]+)(?::(\d{1,9}))?", text.strip())
+        if not match:
+            raise UsageError(f"stage {text!r} is not of the form R_Q,R_C:KEEP (for example 1,1:1000)")
+        return cls(Budget.parse(match[1]), int(match[2]) if match[2] else None)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Positions in a snapshot, rising, and their scores."""
+
+    positions: Rows
+    scores: Floats
+
+
+def default_cascade(items: int, largest: Budget) -> tuple[Stage, ...]:
+    """Stages that keep the ranking of `largest` in practice: everything up to 10,000 items, then (4,8) for a tenth.
+
+    Safe rather than fast: what (1,1) loses depends on the model, so a cascade that starts there is for those who have
+    measured it (`metaembed-bench scoring`).
+    """
+    first = Budget(min(4, largest.query), min(8, largest.candidate))
+    if items <= 10_000 or first == largest:
+        return (Stage(largest),)
+    return (Stage(first, max(1000, items // 10)), Stage(largest))
+
+
+def search_index(
+    index: Index, query: NDArray[Any], k: int, *, cascade: Sequence[Stage] | None, where: Sequence[str] = ()
+) -> list[Hit]:
+    """See `Index.search`."""
+    if k < 1:
+        raise UsageError(f"the best {k} were asked for; -k is at least 1")
+    queries, _ = prepare(query, np.zeros((0, 1, index.layout.dims), np.float32), None)
+    if len(queries) != 1:
+        raise UsageError(f"a search takes one query; {len(queries)} were given")
+    if not np.isfinite(queries).all():
+        raise UsageError("the query holds a NaN or infinite value")
+    for _ in range(ATTEMPTS):
+        snapshot = index.snapshot()
+        stages = check_cascade(cascade, len(snapshot), queries.shape[1], index.layout.vectors, k)
+        hits = _search(index, snapshot, queries, k, stages, where)
+        if hits is not None:
+            return hits
+    raise MetaEmbedError(f"{index.folder} was compacted {ATTEMPTS} times during one search; try again")
+
+
+def check_cascade(
+    cascade: Sequence[Stage] | None, items: int, query_vectors: int, candidate_vectors: int, k: int
+) -> tuple[Stage, ...]:
+    """The stages to run; a UsageError where one asks for more vectors than there are, or leaves fewer than k."""
+    if cascade is not None and not cascade:
+        raise UsageError("a cascade has at least one stage")
+    stages = tuple(cascade or default_cascade(items, Budget(query_vectors, candidate_vectors)))
+    for number, stage in enumerate(stages, start=1):
+        stage.budget.check_within(query_vectors, candidate_vectors)
+        if number < len(stages) and stage.keep is None:
+            raise UsageError(f"stage {stage} does not say how many items it leaves; write {stage}:1000")
+        if stage.keep is not None and stage.keep < k:
+            raise UsageError(f"stage {stage} leaves fewer items than the best {k} that were asked for")
+    return stages
+
+
+def _search(
+    index: Index, snapshot: Snapshot, queries: Floats, k: int, stages: Sequence[Stage], where: Sequence[str]
+) -> list[Hit] | None:
+    pool = index.select(snapshot, *parse_filters(where)) if where else None
+    scored: _Scored | None = None
+    for stage in stages:
+        keep = k if stage is stages[-1] else stage.keep or k
+        chosen = pool if scored is None else scored.positions
+        pieces = _score(index, snapshot, queries[:, : stage.budget.query], stage.budget.candidate, chosen, keep)
+        scored = _best(index, snapshot, pieces, keep)
+        if scored is None:
+            return None
+    return [] if scored is None else _hits(index, snapshot, scored)
+
+
+def _score(
+    index: Index, snapshot: Snapshot, queries: Floats, vectors: int, pool: Rows | None, keep: int
+) -> list[_Scored]:
+    """Score the living items of a pool (None: all), and keep what may be among the best, from every part."""
+    queries = np.ascontiguousarray(queries)
+    if pool is not None and len(pool) < SELECTIVE * sum(part.segment.items for part in snapshot.parts):
+        pool = np.sort(pool)
+        work = [(part, pool[mask] - part.start) for part, mask in snapshot.split(pool)]
+        return [_contenders(part, *_score_rows(index, part, queries, vectors, rows), keep) for part, rows in work]
+    pieces = []
+    for part in snapshot.parts:
+        alive = part.alive
+        if pool is not None:
+            alive = alive & np.isin(np.arange(part.start, part.end), pool)
+        pieces.append(_contenders(part, *_score_all(index, part, queries, vectors, alive), keep))
+    return pieces
+
+
+def _score_rows(index: Index, part: Part, queries: Floats, vectors: int, rows: Rows) -> tuple[Rows, Floats]:
+    rows = rows[part.alive[rows]]
+    rows = np.setdiff1d(rows, _damaged(index, part, vectors, rows))
+    return rows, score_groups(queries, part.segment.groups(vectors), rows)[0]
+
+
+def _score_all(
+    index: Index, part: Part, queries: Floats, vectors: int, alive: NDArray[np.bool_]
+) -> tuple[Rows, Floats]:
+    damaged = _damaged(index, part, vectors, None)
+    if len(damaged):
+        return _score_rows(index, part, queries, vectors, np.flatnonzero(alive))
+    rows = np.flatnonzero(alive)
+    return rows, score_groups(queries, part.segment.groups(vectors))[0][rows]
+
+
+def _damaged(index: Index, part: Part, vectors: int, rows: Rows | None) -> Rows:
+    damaged = part.segment.check(vectors, rows)
+    if len(damaged):
+        if not index.skip_damaged:
+            raise part.segment.damage(damaged)
+        log.warning("left out: %s", part.segment.damage(damaged))
+    return damaged
+
+
+def _contenders(part: Part, rows: Rows, scores: Floats, keep: int) -> _Scored:
+    """Those that no `keep` others of the part surpass: more than `keep` only where scores tie."""
+    if len(scores) > keep:
+        among = scores >= np.partition(scores, -keep)[-keep]
+        rows, scores = rows[among], scores[among]
+    return _Scored(rows + part.start, scores)
+
+
+def _best(index: Index, snapshot: Snapshot, pieces: Sequence[_Scored], keep: int) -> _Scored | None:
+    """The best `keep`; ties at the edge go by id. None when a tied row was compacted away meanwhile."""
+    positions = np.concatenate([np.empty(0, np.int64), *(piece.positions for piece in pieces)])
+    scores = np.concatenate([np.empty(0, np.float32), *(piece.scores for piece in pieces)])
+    if len(scores) > keep:
+        edge = np.partition(scores, -keep)[-keep]
+        chosen, tied = scores > edge, np.flatnonzero(scores == edge)
+        places = keep - int(chosen.sum())
+        if len(tied) > places:
+            described = index.describe(snapshot, positions[tied])
+            if described is None:
+                return None
+            tied = tied[np.argsort(np.array([id_ for id_, _ in described], object), kind="stable")]
+        chosen[tied[:places]] = True
+        positions, scores = positions[chosen], scores[chosen]
+    order = np.argsort(positions)
+    return _Scored(positions[order], scores[order])
+
+
+def _hits(index: Index, snapshot: Snapshot, scored: _Scored) -> list[Hit] | None:
+    described = index.describe(snapshot, scored.positions)
+    if described is None:
+        return None
+    rows = sorted(zip(scored.scores.tolist(), described, strict=True), key=lambda row: (-row[0], row[1][0]))
+    return [Hit(rank, id_, score, payload) for rank, (score, (id_, payload)) in enumerate(rows, start=1)]

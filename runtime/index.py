@@ -1,0 +1,237 @@
+"""An index on disk: append, delete, update, search, verify, compact.
+
+    index/
+      catalogue.sqlite         what is in the index (see index_catalogue.py)
+      segments/*.safetensors   the vectors (see index_segment.py); immutable
+      writer.lock              held by the one process that writes
+
+A reader works on a snapshot: the segments and dead rows of one state of the catalogue. Rows are never changed in place, and
+a segment that `compact` removed stays mapped, so a search that has begun ends on the state it began with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import BundleError, UsageError
+from .index_catalogue import CATALOGUE, Catalogue, SegmentRow
+from .index_layout import Layout
+from .index_segment import Rows, Segment
+from .staging import staged_folder
+
+if TYPE_CHECKING:
+    from .cascade import Stage
+    from .index_writer import IndexWriter
+
+SEGMENTS = "segments"
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One result; rank 1 is the best, a higher score is better."""
+
+    rank: int
+    id: str
+    score: float
+    payload: Any = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A segment within a snapshot: which rows are alive, and the position of its first row in the snapshot."""
+
+    number: int
+    segment: Segment
+    alive: NDArray[np.bool_]
+    start: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.segment.items
+
+
+class Snapshot:
+    """The index in one state. Items are counted by position, through all segments, dead rows included."""
+
+    def __init__(self, parts: Sequence[Part], damaged: Sequence[str] = ()) -> None:
+        self.parts, self.damaged = tuple(parts), tuple(damaged)
+        self.ends = np.array([part.end for part in self.parts], np.int64)
+
+    def __len__(self) -> int:
+        return sum(int(part.alive.sum()) for part in self.parts)
+
+    def split(self, positions: Rows) -> Iterator[tuple[Part, NDArray[np.bool_]]]:
+        """The parts in which positions lie, each with a mask over `positions`."""
+        owners = np.searchsorted(self.ends, positions, side="right")
+        for owner in np.unique(owners):
+            yield self.parts[owner], owners == owner
+
+    def places(self, positions: Rows) -> list[tuple[int, int]]:
+        """(segment number, row) of positions."""
+        owners = np.searchsorted(self.ends, positions, side="right")
+        return [
+            (self.parts[owner].number, int(position) - self.parts[owner].start)
+            for owner, position in zip(owners, positions, strict=True)
+        ]
+
+
+class Index:
+    """An open index. Safe to use while another process writes; one object belongs to one thread at a time."""
+
+    def __init__(self, folder: Path, catalogue: Catalogue, *, verify: bool, skip_damaged: bool) -> None:
+        self.folder = folder
+        self.skip_damaged = skip_damaged
+        self._catalogue, self._verify = catalogue, verify
+        about = catalogue.about()
+        self.layout = Layout.from_json(json.loads(about["layout"]))
+        self.fingerprint, self.bundle = about.get("fingerprint", ""), about.get("bundle", "")
+        self._version, self._snapshot = -1, Snapshot(())
+        self._sound: set[int] = set()  # segments whose rows in the catalogue were all read and found good
+
+    @classmethod
+    def create(cls, folder: str | Path, layout: Layout, *, fingerprint: str = "", bundle: str = "") -> None:
+        """Make an empty index.
+
+        Args:
+            fingerprint: of the model whose embeddings it will hold; searches with another model are then refused.
+            bundle: where that model's bundle is, for the search command.
+
+        Raises:
+            UsageError: the folder exists and is not empty.
+        """
+        with staged_folder(Path(folder), force=False) as staging:
+            (staging / SEGMENTS).mkdir()
+            Catalogue.create(staging, layout, {"fingerprint": fingerprint, "bundle": bundle})
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = True, skip_damaged: bool = False) -> Index:
+        """Open an index for reading.
+
+        Args:
+            verify: check every item's checksum when it is first read. Without, damage can change answers unseen.
+            skip_damaged: serve what is sound and list the rest in ``snapshot().damaged``, rather than refuse.
+
+        Raises:
+            UsageError: there is no index. BundleError: it is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / CATALOGUE).is_file():
+            raise UsageError(f"{folder} is no index: it has no {CATALOGUE}; metaembed-index makes one")
+        catalogue = Catalogue(folder)
+        try:
+            index = cls(folder, catalogue, verify=verify, skip_damaged=skip_damaged)
+            index.snapshot()
+        except BaseException:
+            catalogue.close()
+            raise
+        return index
+
+    def __len__(self) -> int:
+        return len(self.snapshot())
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._catalogue.close()
+
+    def writer(self) -> IndexWriter:
+        """Open the index for writing; a context manager. UsageError while another process writes."""
+        from .index_writer import IndexWriter
+
+        return IndexWriter(self.folder)
+
+    def search(
+        self,
+        query: NDArray[Any],
+        k: int = 10,
+        *,
+        cascade: Sequence[Stage] | None = None,
+        where: Sequence[str] = (),
+    ) -> list[Hit]:
+        """The k best items for one query (r_q, d), by a cascade of stages (default: `default_cascade`), each exact.
+
+        Args:
+            where: conditions on payload fields that must all hold, ``year>=2020``.
+
+        Raises:
+            UsageError: a stage asks for more vectors than the query or the index has. BundleError: damaged vectors.
+        """
+        from .cascade import search_index
+
+        return search_index(self, query, k, cascade=cascade, where=where)
+
+    def snapshot(self) -> Snapshot:
+        """The present state; the same object until another process commits."""
+        while True:
+            with self._catalogue.reading():
+                version = self._catalogue.version()
+                rows = self._catalogue.segments() if version != self._version else None
+            if rows is None:
+                return self._snapshot
+            try:
+                self._snapshot, self._version = self._load(rows), version
+            except BundleError:
+                if self._catalogue.version() == version:
+                    raise  # else a segment was compacted away between the two reads
+
+    def describe(self, snapshot: Snapshot, positions: Rows) -> list[tuple[str, Any]] | None:
+        """Id and payload of every position; None when `compact` has removed some of them since the snapshot."""
+        places = snapshot.places(positions)
+        with self._catalogue.reading():
+            found = self._catalogue.describe(places)
+        return [found[place] for place in places] if len(found) == len(set(places)) else None
+
+    def select(self, snapshot: Snapshot, condition: str, values: Sequence[object]) -> Rows:
+        """Positions of the rows whose payload satisfies a condition of `parse_filters`, dead ones included.
+
+        The first time that it needs a segment it reads all its rows (2 s per million), lest damage hide some of them.
+        """
+        with self._catalogue.reading():
+            for part in snapshot.parts:
+                if self._verify and part.number not in self._sound:
+                    self._catalogue.check_rows(part.number, part.segment.items)
+                    self._sound.add(part.number)
+            found = [
+                np.array(self._catalogue.select(part.number, condition, values), np.int64) + part.start
+                for part in snapshot.parts
+            ]
+        return np.concatenate([np.empty(0, np.int64), *found])
+
+    def verify(self) -> list[str]:
+        """Read everything, and return one sentence for each thing that is damaged; empty for a sound index."""
+        from .index_verify import find_damage
+
+        return find_damage(self.folder, self.layout, self._catalogue)
+
+    def _load(self, rows: Sequence[SegmentRow]) -> Snapshot:
+        known = {part.number: part.segment for part in self._snapshot.parts}
+        parts: list[Part] = []
+        damaged: list[str] = []
+        for row in rows:
+            try:
+                segment = known.get(row.number) or self._open_segment(row)
+            except BundleError as error:
+                if not self.skip_damaged:
+                    raise
+                damaged.append(str(error))
+                continue
+            parts.append(Part(row.number, segment, row.alive, parts[-1].end if parts else 0))
+        return Snapshot(parts, damaged)
+
+    def _open_segment(self, row: SegmentRow) -> Segment:
+        path = self.folder / SEGMENTS / Path(row.name).name
+        return Segment(path, self.layout, row.items, row.checksum, verify=self._verify)

@@ -1,0 +1,41 @@
+"""Conditions on payload fields, ``year>=2020``, as parametrised SQL: no text of a user ever becomes part of a statement."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+
+from .errors import UsageError
+
+OPERATORS = {"=": "=", "!=": "<>", "<=": "<=", ">=": ">=", "<": "<", ">": ">"}
+_CONDITION = re.compile(r"\s*([\w-]+(?:\.[\w-]+)*)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+
+
+def parse_filters(texts: Iterable[str]) -> tuple[str, list[object]]:
+    """Read conditions that must all hold into an SQL expression and its values.
+
+    A value that reads as a JSON number, string, true or false is one, anything else is text: ``year>=2020``, ``lang=en``,
+    ``code="007"``. Nested fields are written ``author.name``. A field that is absent satisfies no condition.
+    """
+    parts: list[str] = []
+    values: list[object] = []
+    for text in texts:
+        match = _CONDITION.fullmatch(text)
+        if not match:
+            raise UsageError(f"filter {text!r} is not of the form FIELD=VALUE (also != < <= > >=)")
+        field, operator, value = match.groups()
+        path = "$" + "".join(f'."{name}"' for name in field.split("."))
+        # Types must agree: in SQL every text is larger than every number.
+        kinds = "'text'" if isinstance(read := _value(value), str) else "'integer', 'real', 'true', 'false'"
+        parts.append(f"json_type(payload, ?) IN ({kinds}) AND json_extract(payload, ?) {OPERATORS[operator]} ?")
+        values += [path, path, read]
+    return " AND ".join(parts) or "1", values
+
+
+def _value(text: str) -> object:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, (int, float, str)) else text

@@ -1,0 +1,54 @@
+"""Reading a whole index and naming everything that is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .errors import MetaEmbedError
+from .index_catalogue import Catalogue, SegmentRow
+from .index_layout import Layout
+from .index_segment import Segment
+
+
+def find_damage(folder: Path, layout: Layout, catalogue: Catalogue) -> list[str]:
+    """One sentence per damage: in the catalogue's structure and rows, in segment files, and between the two."""
+    found = catalogue.find_damage()
+    if found:
+        return found  # nothing that such a file says can be relied upon
+    try:
+        rows = catalogue.segments()
+    except MetaEmbedError as error:
+        return [str(error)]
+    living: dict[str, str] = {}
+    for row in rows:
+        found += _segment_damage(folder, layout, row)
+        found += _rows_damage(catalogue, row, living)
+    return found
+
+
+def _segment_damage(folder: Path, layout: Layout, row: SegmentRow) -> Iterator[str]:
+    try:
+        segment = Segment(folder / "segments" / row.name, layout, row.items, row.checksum)
+        if len(damaged := segment.check(layout.vectors)):
+            yield str(segment.damage(damaged))
+    except (MetaEmbedError, OSError) as error:
+        yield str(error)
+
+
+def _rows_damage(catalogue: Catalogue, segment: SegmentRow, living: dict[str, str]) -> Iterator[str]:
+    """Rows of the catalogue: one per item, with sound checksums, and no id alive twice."""
+    alive = segment.alive
+    seen = np.zeros(segment.items, bool)
+    try:
+        for row, id_, _ in catalogue.rows(segment.number):
+            seen[row] = True
+            if alive[row] and living.setdefault(id_, place := f"{segment.name} row {row}") != place:
+                yield f"{id_!r} is in the index twice: {living[id_]} and {place}"
+    except (MetaEmbedError, IndexError) as error:
+        yield str(error)
+        return
+    if not seen.all():
+        yield f"{catalogue.path}: {int((~seen).sum())} items of {segment.name} have no row"

@@ -1,0 +1,229 @@
+"""Writing an index: one writer at a time, and every call durable when it returns."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import BundleError, MetaEmbedError, UsageError
+from .index import SEGMENTS
+from .index_catalogue import CATALOGUE, Catalogue, Place, SegmentRow, pack_dead
+from .index_layout import Layout, cut
+from .index_segment import Segment, Source, write_segment
+from .maxsim import Vectors
+
+LOCK = "writer.lock"
+SEGMENT_BYTES = 1 << 30  # what `compact` merges up to
+PIECE_BYTES = 1 << 22  # copied at a time when merging
+
+
+class IndexWriter:
+    """The one writer of an index, from opening to `close`. A context manager.
+
+    Files come first and are synced, then one transaction of the catalogue makes them visible: a process killed in between
+    leaves a file that nothing refers to, and the next writer removes it.
+
+    Raises:
+        UsageError: there is no index, or another process writes to it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / CATALOGUE).is_file():
+            raise UsageError(f"{self.folder} is no index: it has no {CATALOGUE}; metaembed-index makes one")
+        self._lock = open(self.folder / LOCK, "a")  # noqa: SIM115 (held until close)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._catalogue = Catalogue(self.folder, write=True)
+            self.about = self._catalogue.about()
+            self.layout = Layout.from_json(json.loads(self.about["layout"]))
+            self._remove_orphans()
+        except BlockingIOError:
+            self._lock.close()
+            raise UsageError(f"another process is writing to {self.folder}; wait for it to finish") from None
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> IndexWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._catalogue.close()
+        self._lock.close()  # releases the lock, as does the end of the process, however it comes
+
+    def known(self, ids: Sequence[str]) -> set[str]:
+        """Those of the ids that are in the index."""
+        return set(self._alive_places(ids))
+
+    def add(
+        self,
+        ids: Sequence[str],
+        embeddings: NDArray[Any],
+        payloads: Sequence[Mapping[str, Any] | None] | None = None,
+        *,
+        replace: bool = False,
+    ) -> None:
+        """Append items; on return they are on the disk, and visible to every reader's next snapshot.
+
+        Args:
+            ids: distinct, not empty.
+            embeddings: (n, r, d) with the index's r and d.
+            payloads: JSON objects, or None.
+            replace: items whose id is known are updated; without, such an id is refused.
+
+        Raises:
+            UsageError: values that do not fit, a NaN, or an id that is given twice or already there. Nothing is kept.
+        """
+        if isinstance(ids, str) or not all(isinstance(id_, str) and id_ for id_ in ids) or len(set(ids)) != len(ids):
+            raise UsageError("ids are distinct texts, none of them empty")
+        payloads = payloads if payloads is not None else [None] * len(ids)
+        if not len(ids) == len(payloads) == len(embeddings):
+            raise UsageError(
+                f"{len(ids)} ids, {len(payloads)} payloads and {len(embeddings)} embeddings do not pair up"
+            )
+        stored = self.layout.encode(embeddings)
+        texts = [_payload_text(payload) for payload in payloads]
+        replaced = self._alive_places(ids)
+        if replaced and not replace:
+            raise UsageError(f"{next(iter(replaced))!r} is in the index already; replace=True updates it")
+        if not ids:
+            return
+        spans = list(zip(self.layout.starts, self.layout.ends, strict=True))
+        name, checksum = self._write(len(ids), lambda group: iter([cut(stored, *spans[group])]))
+        with self._entering():
+            self._bury(replaced.values())
+            self._catalogue.add_segment(name, checksum, list(zip(ids, texts, strict=True)))
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Remove items and return how many there were; unknown ids are passed over. `compact` frees their space."""
+        with self._catalogue.writing():
+            places = self._alive_places(ids)
+            self._bury(places.values())
+        return len(places)
+
+    def compact(self, segment_bytes: int = SEGMENT_BYTES) -> int:
+        """Merge small segments, drop dead rows, and return the number of segments that were rewritten.
+
+        Raises:
+            BundleError: a segment to be rewritten is damaged. The index is left as it was.
+        """
+        rewritten: list[SegmentRow] = []
+        for batch in self._batches(segment_bytes):
+            self._merge(batch)
+            rewritten += batch
+        return len(rewritten)
+
+    def _batches(self, segment_bytes: int) -> list[list[SegmentRow]]:
+        """Segments to merge into one each: those with dead rows, and neighbours that fit together."""
+        batches: list[list[SegmentRow]] = [[]]
+        size = 0
+        for row in self._catalogue.segments():
+            weight = int(row.alive.sum()) * self.layout.item_bytes
+            if batches[-1] and size + weight > segment_bytes:
+                batches.append([])
+                size = 0
+            batches[-1].append(row)
+            size += weight
+        return [batch for batch in batches if len(batch) > 1 or any(row.dead for row in batch)]
+
+    def _merge(self, batch: Sequence[SegmentRow]) -> None:
+        folder = self.folder / SEGMENTS
+        segments = [Segment(folder / row.name, self.layout, row.items, row.checksum) for row in batch]
+        alive = [np.flatnonzero(row.alive) for row in batch]
+        for segment, rows in zip(segments, alive, strict=True):
+            if len(damaged := segment.check(self.layout.vectors, rows)):
+                raise segment.damage(damaged)
+        items = [
+            (id_, payload)
+            for row, keep in zip(batch, map(set, alive), strict=True)
+            for place, id_, payload in self._catalogue.rows(row.number)
+            if place in keep
+        ]
+        count = sum(map(len, alive))
+        if len(items) != count:
+            raise BundleError(f"{self.folder} is damaged: {count} rows are alive, {len(items)} have an id; restore it")
+
+        def source(group: int) -> Iterator[Vectors]:
+            step = max(1, PIECE_BYTES // self.layout.item_bytes)
+            for segment, rows in zip(segments, alive, strict=True):
+                for start in range(0, len(rows), step):
+                    yield segment.piece(group, rows[start : start + step])
+
+        name, checksum = self._write(count, source) if count else ("", 0)
+        with self._entering():
+            self._catalogue.drop_segments(row.number for row in batch)
+            if count:
+                self._catalogue.add_segment(name, checksum, items)
+        for row in batch:
+            (folder / row.name).unlink(missing_ok=True)
+
+    def _write(self, items: int, source: Source) -> tuple[str, int]:
+        name = f"{uuid.uuid4().hex}.safetensors"  # never used twice: a reader may still map an older file
+        return name, write_segment(self.folder / SEGMENTS / name, self.layout, items, source)
+
+    @contextmanager
+    def _entering(self) -> Iterator[None]:
+        """A transaction that enters a new segment; when it fails, the file goes too."""
+        try:
+            with self._catalogue.writing():
+                yield
+        except BaseException:
+            # By the catalogue's word, not by the exception: an interrupt may arrive just after the commit.
+            with suppress(MetaEmbedError, OSError):
+                self._remove_orphans()
+            raise
+
+    def _alive_places(self, ids: Sequence[str]) -> dict[str, Place]:
+        alive = {row.number: row.alive for row in self._catalogue.segments()}
+        return {
+            id_: place
+            for id_, places in self._catalogue.places(ids).items()
+            for place in places
+            if alive[place[0]][place[1]]
+        }
+
+    def _bury(self, places: Iterable[Place]) -> None:
+        dead: dict[int, list[int]] = {}
+        for number, row in places:
+            dead.setdefault(number, []).append(row)
+        for segment in self._catalogue.segments() if dead else ():
+            if segment.number in dead:
+                alive = segment.alive
+                alive[dead[segment.number]] = False
+                packed = pack_dead(alive)
+                self._catalogue.set_dead(
+                    SegmentRow(segment.number, segment.name, segment.items, segment.checksum, packed)
+                )
+
+    def _remove_orphans(self) -> None:
+        """What killed writers left: files of which the catalogue knows nothing."""
+        known = {row.name for row in self._catalogue.segments()}
+        for path in (self.folder / SEGMENTS).iterdir():
+            if path.name not in known and path.suffix in (".safetensors", ".partial"):
+                path.unlink()
+
+
+def _payload_text(payload: Mapping[str, Any] | None) -> str | None:
+    if payload is None:
+        return None
+    try:
+        text = json.dumps(dict(payload), ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"a payload is a JSON object; {payload!r} is not ({error})") from None
+    return text

@@ -1,0 +1,67 @@
+"""metaembed-bench: what it writes, and one sentence for each mistake."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from metaembed.bench.cli import main
+
+SMALL = ["--count", "12", "--queries", "4", "2", "2", "--quiet"]
+
+
+def test_scenes_are_written_as_pages_queries_and_judgements(tmp_path):
+    """Every id in the judgements exists, every page opens at the size that the corpus states."""
+    folder = tmp_path / "scenes"
+    assert main(["scenes", "-o", str(folder), "--split", "test", "--seed", "3", *SMALL]) == 0
+    corpus = [json.loads(line) for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
+    judged = [line.split("\t") for line in (folder / "qrels.tsv").read_text().splitlines()[1:]]
+    assert (len(corpus), len(queries)) == (12, 8)
+    for page in corpus:
+        with Image.open(folder / page["image"]) as image:
+            assert image.size == (page["width"], page["height"])
+    assert {query for query, _, _ in judged} == {query["_id"] for query in queries}
+    assert {page for _, page, _ in judged} <= {page["_id"] for page in corpus}
+    for query in queries:
+        assert (query["image"] is None) == (query["kind"] == "text")
+        assert query["image"] is None or (folder / query["image"]).is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scenes"]
+
+
+def test_an_existing_folder_is_replaced_only_when_forced(tmp_path, capsys):
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("keep")
+    assert main(["scenes", "-o", str(folder), *SMALL]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert (folder / "mine.txt").exists()
+    assert main(["scenes", "-o", str(folder), "-f", *SMALL]) == 0
+    assert not (folder / "mine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["scenes", "--count", "0"],
+        ["scenes", "--seed", "-1"],
+        ["scenes", "--varied", "1.5"],
+        ["train", "--groups", "17,64"],
+        ["train", "--steps", "0"],
+        ["train", "--seed", "-1"],
+    ],
+)
+def test_a_wrong_request_is_one_sentence_and_leaves_nothing(tmp_path, capsys, arguments):
+    assert main([*arguments, "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_a_missing_or_broken_checkpoint_is_one_sentence(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "model.safetensors").write_bytes(content)
+    assert main(["demo-quality", "--model", str(tmp_path), "--seed", "1", "--count", "5"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "model.safetensors" in error

@@ -1,0 +1,172 @@
+"""Q/DQ insertion on a small graph written by hand: results from integer arithmetic in numpy, structure counted by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import helper
+from safetensors.numpy import load_file
+
+from metaembed.calibration.formats import FORMATS
+from metaembed.calibration.linears import check_finite, find_groups, read_tensor
+from metaembed.calibration.packing import pack_weights
+from metaembed.calibration.qdq import Weights, insert_qdq
+from metaembed.calibration.sessions import ExactSession
+from metaembed.runtime.errors import BundleError
+
+B, T, K, N = 2, 3, 5, 7
+SINGLE = np.dtype(np.float32)
+RNG = np.random.default_rng(0)
+PARAMETERS = {
+    "layer.q_proj.weight": RNG.normal(0, 1, (N, K)).astype(np.float32),
+    "layer.k_proj.weight": RNG.normal(0, 9, (N, K)).astype(np.float32),
+    "layer.o_proj.weight": RNG.normal(0, 1, (K, N)).astype(np.float32),
+    "layer.o_proj.bias": RNG.normal(0, 1, K).astype(np.float32),
+    "custom_text_proj.weight": RNG.normal(0, 1, (K, K)).astype(np.float32),
+}
+X = RNG.normal(0, 1, (B, T, K)).astype(np.float32)
+AMAX = {"layer.{q_proj,k_proj}": 2.0, "layer.o_proj": 50.0}  # 2.0 clips some of X
+
+
+def write_graph(folder: Path, name: str, parameters: dict[str, np.ndarray] = PARAMETERS) -> ir.Model:
+    """x -> q + k -> o + bias -> head, as the exporter writes Linears; weights external, behind an offset."""
+    (folder / "weights").mkdir(exist_ok=True)
+    nodes, tensors = [], []
+    with (folder / "weights/w.bin").open("wb") as file:
+        file.write(b"offset..")
+        for key, array in parameters.items():
+            tensor = onnx.numpy_helper.from_array(array, key)
+            onnx.external_data_helper.set_external_data(tensor, "weights/w.bin", file.tell(), array.nbytes)
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            tensors.append(tensor)
+            file.write(array.tobytes())
+    for linear, x in (("layer.q_proj", "x"), ("layer.k_proj", "x"), ("layer.o_proj", "qk"), ("custom_text_proj", "ob")):
+        nodes.append(helper.make_node("Transpose", [f"{linear}.weight"], [f"{linear}/t"], perm=[1, 0]))
+        nodes.append(helper.make_node("MatMul", [x, f"{linear}/t"], [linear]))
+        if linear == "layer.k_proj":
+            nodes.append(helper.make_node("Add", ["layer.q_proj", linear], ["qk"]))
+        if linear == "layer.o_proj":
+            nodes.append(helper.make_node("Add", [linear, "layer.o_proj.bias"], ["ob"]))
+    values = [
+        helper.make_tensor_value_info(v, onnx.TensorProto.FLOAT, ["b", "t", K]) for v in ("x", "custom_text_proj")
+    ]
+    graph = helper.make_graph(nodes, name, values[:1], values[1:], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), folder / name)
+    return ir.load(folder / name)
+
+
+def quantised(tmp_path: Path, form: str) -> ir.Model:
+    model = write_graph(tmp_path, "g.onnx")
+    insert_qdq(model, find_groups({"g.onnx": model}), AMAX, Weights(tmp_path, FORMATS[form], {}), SINGLE)
+    return model
+
+
+def run(model: ir.Model, folder: Path) -> np.ndarray:
+    return ExactSession(model, folder).run({"x": X})["custom_text_proj"]
+
+
+def head(o: np.ndarray) -> np.ndarray:
+    return (o + PARAMETERS["layer.o_proj.bias"]) @ PARAMETERS["custom_text_proj.weight"].T.astype(np.float64)
+
+
+def test_int8_equals_integer_products_computed_by_hand(tmp_path):
+    """Codes as integers, exact int64 products, scales in float64: nothing of the library's own quantiser."""
+
+    def linear(x: np.ndarray, weight: np.ndarray, amax: float) -> np.ndarray:
+        s = np.float32(amax) / np.float32(127)
+        codes = np.clip(np.rint(x.astype(np.float32) / s), -128, 127).astype(np.int64)
+        scales = (np.abs(weight).max(1) / 127).astype(np.float32)
+        weight_codes = np.rint(weight / scales[:, None]).astype(np.int64)
+        return (codes @ weight_codes.T) * (np.float64(s) * scales)
+
+    q, k, o = (PARAMETERS[f"layer.{name}_proj.weight"] for name in "qko")
+    expected = head(linear(linear(X, q, 2.0) + linear(X, k, 2.0), o, 50.0))
+    np.testing.assert_allclose(run(quantised(tmp_path, "int8"), tmp_path), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_fp8_equals_values_rounded_to_e4m3_by_hand(tmp_path):
+    """E4M3 by its definition: 4 significant bits above 2^-6, steps of 2^-9 below, clipped at 448, in float64."""
+
+    def e4m3(x: np.ndarray) -> np.ndarray:
+        x = np.clip(x.astype(np.float64), -448, 448)
+        step = 2.0 ** (np.maximum(np.floor(np.log2(np.maximum(np.abs(x), 1e-30))), -6) - 3)
+        return np.rint(x / step) * step
+
+    def linear(x: np.ndarray, weight: np.ndarray, amax: float) -> np.ndarray:
+        s, w = np.float32(amax / 448), np.float32(np.abs(weight).max() / 448)
+        return (e4m3(x.astype(np.float32) / s) @ e4m3(weight / w).T) * (np.float64(s) * w)
+
+    q, k, o = (PARAMETERS[f"layer.{name}_proj.weight"] for name in "qko")
+    expected = head(linear(linear(X, q, 2.0) + linear(X, k, 2.0), o, 50.0))
+    np.testing.assert_allclose(run(quantised(tmp_path, "fp8"), tmp_path), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_linears_that_read_one_tensor_share_its_quantiser_and_the_head_stays_high(tmp_path):
+    """By hand: two inputs and three weights are quantised; the head's weight is not."""
+    model = quantised(tmp_path, "int8")
+    counts = Counter(node.op_type for node in model.graph)
+    assert (counts["QuantizeLinear"], counts["DequantizeLinear"], counts["MatMul"]) == (2, 2 + 3, 4)
+    assert "custom_text_proj.weight" in model.graph.initializers
+    assert "layer.q_proj.weight" not in model.graph.initializers
+    ir.save(model, tmp_path / "quantised.onnx")
+    onnx.checker.check_model(tmp_path / "quantised.onnx", full_check=True)
+
+
+def test_a_group_left_out_is_left_as_it_was(tmp_path):
+    model = write_graph(tmp_path, "g.onnx")
+    groups = [group for group in find_groups({"g.onnx": model}) if group.name == "layer.o_proj"]
+    insert_qdq(model, groups, AMAX, Weights(tmp_path, FORMATS["int8"], {}), SINGLE)
+    assert sum(node.op_type == "QuantizeLinear" for node in model.graph) == 1
+    assert "layer.q_proj.weight" in model.graph.initializers
+
+
+def test_bf16_scales_are_stored_in_bf16_and_codes_made_with_them(tmp_path):
+    """The scale that TensorRT will read is the rounded one: codes * scale is within half a step of the weight."""
+    narrow = {name: array.astype(ml_dtypes.bfloat16) for name, array in PARAMETERS.items()}
+    model = write_graph(tmp_path, "g.onnx", narrow)
+    kind = np.dtype(ml_dtypes.bfloat16)
+    insert_qdq(model, find_groups({"g.onnx": model}), AMAX, Weights(tmp_path, FORMATS["int8"], {}), kind)
+    values = model.graph.initializers
+    codes, scale = (
+        read_tensor(tmp_path, values[f"layer.q_proj.weight{end}"].const_value) for end in ("_quantised", "_scale")
+    )
+    assert scale.dtype == values["x_scale"].const_value.numpy().dtype == kind
+    wide = scale.astype(np.float64)[:, None]
+    error = np.abs(codes * wide - narrow["layer.q_proj.weight"].astype(np.float64))
+    clipped = np.abs(codes) == 127
+    assert (error[~clipped] <= wide.repeat(K, 1)[~clipped] / 2 * 1.0001).all()
+
+
+def test_packed_weights_are_stored_once_and_give_the_same_result(tmp_path):
+    one, two = quantised(tmp_path, "int8"), ir.load(tmp_path / "g.onnx")
+    weights = Weights(tmp_path, FORMATS["int8"], {})
+    insert_qdq(two, find_groups({"g.onnx": two}), AMAX, weights, SINGLE)
+    before = run(two, tmp_path)
+    pack_weights([two, two], tmp_path, "int8")
+    np.testing.assert_array_equal(run(two, tmp_path), before)
+    np.testing.assert_array_equal(run(one, tmp_path), before)
+    stored = load_file(tmp_path / "weights/int8-01.safetensors")
+    assert {name: array.nbytes for name, array in stored.items()} == {
+        f"layer.{name}_proj.weight_quantised": N * K for name in "qko"
+    }
+    assert set(load_file(tmp_path / "weights/high-01.safetensors")) == {
+        *(f"layer.{name}_proj.weight_scale" for name in "qko"),
+        "layer.o_proj.bias",
+        "custom_text_proj.weight",
+    }
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, value):
+    bad = PARAMETERS["layer.k_proj.weight"].copy()
+    bad[2, 3] = value
+    model = write_graph(tmp_path, "g.onnx", {**PARAMETERS, "layer.k_proj.weight": bad})
+    with pytest.raises(BundleError, match=r"layer.k_proj.weight holds 1 values that are NaN or infinite"):
+        check_finite(tmp_path, [model])

@@ -15,6 +15,7 @@ COMMANDS = {
         "cli_demo_quality",
         "nDCG@5, recall and MRR of a demo checkpoint on symbol scenes, at every budget",
     ),
+    "export": ("cli_export", "seconds, memory and bytes of exports at real sizes; exports killed at random moments"),
     "train": ("cli_train", "train the demo model from scratch"),
 }
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "parity": ("cli_parity", "a bundle's golden inputs replayed, by image size; sensitivities where it is quantised"),
     "report": ("cli_report", "records as one self-contained HTML page with plots, and the plots as PNG"),
     "tables": ("cli_tables", "the tables between <!-- table: NAME --> markers, made again from the records"),
+    "export": ("cli_export", "seconds, memory and bytes of exports at real sizes; exports killed at random moments"),
     "train": ("cli_train", "train the demo model from scratch"),
 }
 

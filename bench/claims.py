@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,7 +93,7 @@ def measure_claims(split: Split, models: Mapping[str, Sequence]) -> tuple[list[R
 def judge_claims(points: Points) -> list[Record]:
     """What the points say of each claim; a claim about systems that were not measured is left out."""
     mmr = [points["MMR", budget] for budget in BUDGETS]
-    claims = [(f"quality rises from {a.budget} to {b.budget}", b, a) for a, b in zip(mmr, mmr[1:], strict=False)]
+    claims = [(f"quality rises from {a.budget} to {b.budget}", b, a) for a, b in pairwise(mmr)]
     for budget in BUDGETS[:-1]:
         claims.append((f"MMR beats NoMMR at {budget}", points["MMR", budget], points.get(("NoMMR", budget))))
     claims += [

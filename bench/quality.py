@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,9 +84,11 @@ def score_cascade(queries: Floats, candidates: Floats, stages: Sequence[Stage]) 
 def _later_stages(
     query: Floats, candidates: Floats, scores: NDArray[np.float64], stages: Sequence[Stage]
 ) -> NDArray[np.float64]:
-    for number, (before, stage) in enumerate(zip(stages, stages[1:], strict=False), start=1):
+    for number, (before, stage) in enumerate(pairwise(stages), start=1):
         survivors = np.sort(np.argsort(-scores, kind="stable")[: before.keep])
-        scores[survivors] = maxsim(query, candidates[survivors], stage.budget)[0] + number * STAGE_STEP
+        # float64: float32 would lose the score's digits behind the step
+        later = maxsim(query, candidates[survivors], stage.budget)[0].astype(np.float64)
+        scores[survivors] = later + number * STAGE_STEP
     return scores
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaembed.runtime.budget import TRAINED_GROUPS, Budget
+from metaembed.runtime.cascade import Stage
 from metaembed.runtime.encoder import Floats
 
 from .baselines import all_tokens, last_token, load_demo_model, pooled_spans, read_tokens
@@ -18,7 +19,6 @@ from .quality import (
     NDCG_CUTOFF,
     PerQuery,
     Relevant,
-    Stage,
     confidence_interval,
     judge,
     score_cascade,

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metaembed.export.checkpoint import Checkpoint
-from metaembed.export.encoder import LanguageEncoder, VisionEncoder
-from metaembed.export.trace import DEFAULT_OPSET
+from metaembed.export.encoder import LanguageEncoder
 from metaembed.runtime.budget import Budget
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

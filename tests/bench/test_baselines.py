@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from metaembed.bench.baselines import Tokens, all_tokens, last_token, load_demo_model, pooled_spans
-from metaembed.bench.quality import Stage, score_cascade
+from metaembed.bench.quality import score_cascade
 from metaembed.runtime.budget import Budget
+from metaembed.runtime.cascade import Stage
 from metaembed.runtime.errors import BundleError, UsageError
 
 DIMS = 7

@@ -7,9 +7,9 @@ import pytest
 import pytrec_eval
 
 from metaembed.bench.dataset import Dataset, Item
-from metaembed.bench.quality import Stage, confidence_interval, judge, measure_quality, score_cascade
+from metaembed.bench.quality import confidence_interval, judge, measure_quality, score_cascade
 from metaembed.runtime.budget import Budget
-from metaembed.runtime.errors import UsageError
+from metaembed.runtime.cascade import Stage
 
 MEASURES = {"ndcg_cut_5": "ndcg_at_5", "recall_1": "recall_at_1", "recall_10": "recall_at_10", "recip_rank": "mrr"}
 
@@ -94,9 +94,3 @@ def test_record_names_its_budget_and_the_size_of_its_index(embedded):
     assert (cascade["budget"], cascade["cascade"]) == ("4,6", "1,1:7 4,6")
     assert plain["index_kib_per_item"] == 6 * 7 * 2 / 1024
     assert plain["ndcg_low"] <= plain["ndcg_at_5"] <= plain["ndcg_high"]
-
-
-@pytest.mark.parametrize("text", ["1,1:", "1,1:0", "1,1:x", "1:5", ""])
-def test_a_malformed_stage_is_a_usage_error(text):
-    with pytest.raises(UsageError):
-        Stage.parse(text)

@@ -13,10 +13,11 @@ from metaembed.bench.claims import BUDGETS, judge_claims
 from metaembed.bench.claims import Point as ClaimPoint
 from metaembed.bench.dataset import Dataset, Item
 from metaembed.bench.efficiency import encoder_costs, scoring_costs
-from metaembed.bench.quality import Stage, measure_quality
+from metaembed.bench.quality import measure_quality
 from metaembed.bench.records import make_record, read_records
 from metaembed.bench.report import write_report
 from metaembed.bench.report_tables import MISSING, TABLES, fill_tables, to_markdown
+from metaembed.runtime.cascade import Stage
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.known_models import KNOWN
 

@@ -6,7 +6,9 @@ All of them get the shortest exact input: a query only its own r rows of Meta To
 
 from __future__ import annotations
 
+import logging
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,7 +126,9 @@ def _export_plainly(decoder: nn.Module, hidden: int, threads: int) -> Decode:
     b, t = torch.export.Dim("b"), torch.export.Dim("t")
     example = (torch.zeros(2, 23, hidden), torch.ones(2, 23, dtype=torch.long), torch.zeros(3, 2, 23, dtype=torch.long))
     shapes = {"embeds": {0: b, 1: t}, "attention": {0: b, 1: t}, "positions": {1: b, 2: t}}
-    with tempfile.TemporaryDirectory() as work:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision's absence, among others
+    with tempfile.TemporaryDirectory() as work, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         path = Path(work) / "decoder.onnx"
         torch.onnx.export(
             decoder.eval(), example, path, dynamo=True, dynamic_shapes=shapes, external_data=True, verbose=False,

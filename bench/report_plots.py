@@ -194,7 +194,7 @@ def draw_sensitivity(records: Sequence[Record]) -> Figure | None:
 
 PLOTS = (
     Plot("quality", "Quality by budget", "nDCG@5 with 95 % bootstrap intervals over the queries.", draw_quality),
-    Plot("claims", "The paper's claims, on the demo", "The same queries for every system; bands are 95 % intervals.", draw_claims),
+    Plot("claims", "The paper's claims, on the demo", "The same queries for all systems; bands are 95 % intervals.", draw_claims),
     Plot("tradeoff", "What a kilobyte buys", "Each mark is a budget; further left is a smaller index.", draw_tradeoff),
     Plot("latency", "Scoring time by budget", "Medians on this machine (solid) and what it could do at best (dashed); larger "
          "indexes than were held in memory are scaled.", draw_latency),

@@ -145,7 +145,7 @@ def make_encoder_race(records: Sequence[Record]) -> Table | None:
         at = {run["contestant"]: run for run in runs}
         rows.append((f"{model}, {case}", *(_race_cell(at.get(name)) for name in contestants), _speedup(at)))
     machine = found[-1]["machine"]
-    note = f"Median ms (p95), {machine['cpu']}, {found[-1]['threads']} threads. Last column: the best of PyTorch over bundle fp32."
+    note = f"Median ms (p95), {machine['cpu']}, {found[-1]['threads']} threads. Ratio: the best of PyTorch over bundle fp32."
     return Table(("model, input", *contestants, "ratio"), tuple(rows), note)
 
 

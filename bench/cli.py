@@ -13,9 +13,9 @@ COMMANDS = {
     "scenes": ("cli_scenes", "write symbol scenes as a folder of PNG pages with queries and relevance judgements"),
     "demo-quality": (
         "cli_demo_quality",
-        "nDCG@5, recall and MRR of a demo checkpoint on symbol scenes, at every budget",
+        "retrieval quality of a demo checkpoint on symbol scenes, at every budget",
     ),
-    "quality": ("cli_quality", "nDCG@5, recall and MRR of a bundle on any data set, per budget and per cascade"),
+    "quality": ("cli_quality", "retrieval quality of a bundle on any data set, per budget and per cascade"),
     "claims": ("cli_claims", "the paper's claims, tested again on trained demo models"),
     "efficiency": (
         "cli_efficiency",

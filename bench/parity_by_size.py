@@ -26,7 +26,9 @@ def measure_parity(encoder: Encoder) -> Iterator[Record]:
         encode = encoder.encode_queries if side == "query" else encoder.encode_candidates
         vectors = encode([item.text for item in items], images=[item.image for item in items])
         reference = reference[:, : vectors.shape[1]]
-        tokens = np.array([0 if item.image is None else patchify(load_image(item.image), rules).tokens for item in items])
+        tokens = np.array(
+            [0 if item.image is None else patchify(load_image(item.image), rules).tokens for item in items]
+        )
         for count in np.unique(tokens):
             ours, theirs = vectors[tokens == count].astype(np.float64), reference[tokens == count]
             yield {

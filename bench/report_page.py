@@ -36,7 +36,8 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1rem;font-size:
 dt{font-weight:600}dd{margin:0;overflow-wrap:anywhere;min-width:0}
 footer{margin-top:3rem;padding-top:1.1rem;border-top:1px solid var(--line)}
 @media(max-width:600px){body{font-size:15px}main{padding:1.3rem .8rem 3rem}h1{font-size:1.5rem}
-dl{grid-template-columns:1fr}dt{margin-top:.5rem}figure{padding:.6rem .5rem}th,td{padding:.38rem .5rem}}
+dl{grid-template-columns:1fr}dt{margin-top:.5rem}figure{padding:.6rem .5rem}th,td{padding:.38rem .5rem}
+.words td:first-child{white-space:normal;min-width:6rem}.words th:nth-child(2),.words td:nth-child(2){min-width:11rem}}
 @media print{@page{margin:14mm}main{max-width:none;padding:0}body{font-size:10pt}section{break-inside:auto}
 figure,tr,h2,h3{break-inside:avoid}h2,h3{break-after:avoid}.scroll{overflow:visible;border:0}
 .plots{grid-template-columns:1fr 1fr}table{font-size:7pt}th,td{padding:.2rem .3rem;white-space:normal}

@@ -94,7 +94,7 @@ def draw_latency(records: Sequence[Record]) -> Figure | None:
         axes.plot(budgets, limits, color=SERIES[k], label=f"{name}, this machine's limit", **DASHED)
     axes.set_yscale("log")
     _log_axis(axes.yaxis)
-    return _finish(figure, axes, "budget", f"ms to score one query against {found[0]['scaled_to']:,}", columns=2)
+    return _finish(figure, axes, "budget", f"ms to score one query against {found[0]['scaled_to']:,}")
 
 
 def draw_memory(records: Sequence[Record]) -> Figure | None:
@@ -141,7 +141,7 @@ def draw_encoder(records: Sequence[Record]) -> Figure | None:
     if not models:
         return None
     contestants = list(dict.fromkeys(record["contestant"] for record in found))
-    figure, axes = plt.subplots(1, len(models), figsize=(max(6.4, 4.6 * len(models)), 5.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(models), figsize=(max(5.4, 4.2 * len(models)), 5.2), squeeze=False)
     for ax, ((model,), runs) in zip(axes[0], models.items(), strict=True):
         inputs = list(group(runs, "input"))
         for k, contestant in enumerate(contestants):
@@ -184,7 +184,7 @@ def draw_sensitivity(records: Sequence[Record]) -> Figure | None:
     if not found:
         return None
     found = sorted(found, key=lambda record: record["cost"])[-MOST_BARS:]
-    figure, axes = plt.subplots(figsize=(6.4, 0.5 + 0.32 * len(found) + 0.5))
+    figure, axes = plt.subplots(figsize=(5.4, 0.5 + 0.32 * len(found) + 0.5))
     colours = [LIGHT["s1"] if record["quantised"] else LIGHT["s2"] for record in found]
     axes.barh([record["group"] for record in found], [record["cost"] for record in found], color=colours, height=0.7)
     axes.grid(axis="y", visible=False)
@@ -229,13 +229,14 @@ def _curve_with_interval(axes: Axes, curve: Sequence[Record], label: str, k: int
         axes.vlines(budgets, low, high, color=colour, alpha=0.5, linewidth=2)
 
 
-def _finish(figure: Figure, axes: Axes, x: str, y: str, columns: int = 1) -> Figure:
+def _finish(figure: Figure, axes: Axes, x: str, y: str) -> Figure:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns if len(labels) > 4 else min(3, len(labels)),
-                      fontsize=9)  # fmt: skip
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=2 if len(labels) > 3 else len(labels), fontsize=9
+        )
     elif labels:
         axes.set_title(labels[0], fontsize=9, color=LIGHT["muted"], loc="left")
     return figure

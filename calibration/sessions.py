@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -61,12 +60,12 @@ class ExactSession:
     def inputs(self) -> Mapping[str, np.dtype[Any]]:
         return self._inputs
 
+    @property
+    def max_items(self) -> int | None:
+        return None
+
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        values = self._session.run_with_ort_values(
-            [*self._outputs, *self._taps],
-            {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()},
-        )
-        arrays = [_to_numpy(value) for value in values]
+        arrays = self._session.run([*self._outputs, *self._taps], dict(feeds))
         for name, array in zip(self._taps, arrays[len(self._outputs) :], strict=True):
             assert self._tap is not None
             self._tap(name, array, feeds)
@@ -91,6 +90,10 @@ class RememberingSession:
     def inputs(self) -> Mapping[str, np.dtype[Any]]:
         return self._session.inputs
 
+    @property
+    def max_items(self) -> int | None:
+        return self._session.max_items
+
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         digest = hashlib.sha256()
         for name in sorted(feeds):
@@ -109,9 +112,3 @@ def _with_outputs(model: ir.Model, names: Sequence[str]) -> bytes:
     proto = ir.to_proto(model)
     proto.graph.output.extend(type(proto.graph.output[0])(name=name) for name in names)
     return proto.SerializeToString()
-
-
-def _to_numpy(value: Any) -> NDArray[Any]:
-    if value.data_type() == "tensor(bfloat16)":  # numpy has none: the bits come through as they are
-        return np.frombuffer(value.numpy(), ml_dtypes.bfloat16)
-    return value.numpy()

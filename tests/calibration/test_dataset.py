@@ -12,6 +12,12 @@ from metaembed.calibration.dataset import MINIMUM, CalibrationItem, choose, read
 from metaembed.runtime.errors import UsageError
 
 
+@pytest.fixture(autouse=True)
+def warnings_are_seen(caplog):
+    """A command run with --quiet by an earlier test has turned them off."""
+    caplog.set_level(logging.WARNING, logger="metaembed")
+
+
 def texts(count: int, side: str = "query", start: int = 0) -> list[CalibrationItem]:
     return [CalibrationItem(side, f"text {k}", None, f"{side} {k}") for k in range(start, start + count)]
 
@@ -100,8 +106,7 @@ def test_a_folder_of_images_serves_both_sides_and_says_what_it_lacks(tmp_path, c
 
 def test_a_text_that_will_be_cut_is_named(caplog):
     items = [*both_sides(10), CalibrationItem("query", "word " * 2000, None, "data.jsonl line 7")]
-    with caplog.at_level(logging.WARNING):
-        choose(items, "x", text_tokens=512)
+    choose(items, "x", text_tokens=512)
     assert "data.jsonl line 7: a text of 10000 characters is cut to 512 tokens" in caplog.text
 
 

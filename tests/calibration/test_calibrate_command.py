@@ -1,0 +1,174 @@
+"""metaembed-calibrate end to end on the demo, and every way in which it must refuse to write a bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from metaembed.calibration.cli import main
+from metaembed.calibration.dataset import CalibrationSet
+from metaembed.calibration.quantise import Quantised, Request, quantise_bundle
+from metaembed.calibration.recipe import Recipe
+from metaembed.runtime.cli_check import main as check
+from metaembed.runtime.encoder import Encoder
+from metaembed.runtime.errors import BundleError, ParityError, UsageError
+from metaembed.runtime.manifest import Bundle, write_manifest
+
+
+@pytest.fixture(scope="module")
+def int8(
+    small_bundle: Path, calibration_set: CalibrationSet, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Quantised]:
+    folder = tmp_path_factory.mktemp("int8") / "bundle"
+    return folder, quantise_bundle(small_bundle, Request(type="int8", data=calibration_set, threads=1), folder)
+
+
+def test_an_int8_bundle_passes_its_own_check(int8, capsys):
+    folder, done = int8
+    assert done.check
+    assert done.verdict
+    assert check([str(folder), "--quiet"]) == 0
+    assert "within the int8 tolerance" in capsys.readouterr().out
+
+
+def test_the_manifest_says_what_was_quantised_and_on_which_data(int8, small_bundle, calibration_set):
+    folder, done = int8
+    quantization = Bundle.open(folder).manifest.quantization
+    assert quantization["type"] == "int8"
+    assert quantization["share_of_linear_multiplies"] == pytest.approx(done.recipe.share)
+    assert quantization["calibration"]["sha256"] == calibration_set.sha256
+    assert quantization["source_fingerprint"] == Bundle.open(small_bundle).manifest.fingerprint
+
+
+def test_weights_are_a_quarter_of_fp32_and_no_float_copy_travels_along(int8, small_bundle):
+    """Counted from the source's own header: each quantised weight has one byte an element, and is nowhere else."""
+    folder, done = int8
+    assert not done.recipe.high
+    source = load_file(next((small_bundle / "weights").iterdir()))
+    shapes = {name.split("model.", 1)[-1] if name.startswith("model.") else name: x.shape for name, x in source.items()}
+    codes = load_file(folder / "weights/int8-01.safetensors")
+    high = load_file(folder / "weights/high-01.safetensors")
+    for name, array in codes.items():
+        weight = name.removesuffix("_quantised")
+        assert array.shape == shapes[weight]
+        assert weight not in high
+    assert sorted(path.name for path in (folder / "weights").iterdir()) == [
+        "high-01.safetensors",
+        "int8-01.safetensors",
+    ]
+
+
+def test_a_recipe_replays_to_the_same_bundle(int8, small_bundle, tmp_path):
+    folder, _ = int8
+    again = ["--quantize", "int8", "--recipe", str(folder / "recipe.json"), "-o", str(tmp_path / "again"), "--quiet"]
+    assert main([str(small_bundle), *again]) == 0
+    assert Bundle.open(tmp_path / "again").manifest.fingerprint == Bundle.open(folder).manifest.fingerprint
+
+
+def test_a_smaller_budget_is_a_prefix_of_a_larger_one_in_int8_too(int8):
+    """Static ranges keep the property that dynamic ones would break: every row is rounded on its own."""
+    with Encoder.open(int8[0], threads=1) as encoder:
+        texts = ["a red umbrella", "a green star and a blue anchor"]
+        large = encoder.encode_candidates(texts, budget=16)
+        np.testing.assert_allclose(encoder.encode_candidates(texts, budget=4), large[:, :4], atol=1e-5)
+
+
+def test_integer_kernels_give_what_the_exact_simulation_gives(int8):
+    """ONNX Runtime's integer products against Q/DQ computed in floating point, without fusing anything."""
+    import onnx_ir as ir
+
+    from metaembed.calibration.sessions import ExactSession
+
+    folder, _ = int8
+    models = [ir.load(folder / name) for name in ("vision.onnx", "language.onnx")]
+    exact = Encoder(Bundle.open(folder), *(ExactSession(model, folder, threads=1) for model in models))
+    with Encoder.open(folder, threads=1) as encoder, exact:
+        texts = ["a red umbrella", "a green star"]
+        cosines = (encoder.encode_queries(texts) * exact.encode_queries(texts)).sum(-1)
+        assert cosines.min() > 0.9999
+
+
+def edited(recipe: Recipe, **changes: object) -> Recipe:
+    return replace(recipe, groups=tuple(replace(group, **changes) for group in recipe.groups))
+
+
+def test_a_bundle_that_fails_its_own_check_is_never_written(int8, small_bundle, tmp_path):
+    """Ranges a thousand times too small clip everything."""
+    ruined = edited(int8[1].recipe, amax=1e-3)
+    with pytest.raises(ParityError, match="fails its own check and was not written"):
+        quantise_bundle(small_bundle, Request(type="int8", recipe=ruined, threads=1), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.recipe.json"]
+
+
+def test_too_small_a_share_fails_and_names_the_nearest_recipe(int8, small_bundle, tmp_path):
+    recipe = int8[1].recipe
+    half = recipe.quantising([group.name for group in recipe.groups[::2]])
+    with pytest.raises(ParityError, match=r"kept high .* below 90%\. The nearest recipe that passes is .*recipe\.json"):
+        quantise_bundle(small_bundle, Request(type="int8", recipe=half, threads=1), tmp_path / "out")
+    assert Recipe.load(tmp_path / "out.recipe.json") == half
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_a_weight_is_named_and_nothing_is_written(small_bundle, calibration_set, tmp_path):
+    folder = tmp_path / "bad"
+    shutil.copytree(small_bundle, folder)
+    path = next((folder / "weights").iterdir())
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    order = {key: value.copy() for key, value in tensors.items()}
+    order[name][3, 5] = np.nan
+    data = bytearray(path.read_bytes())
+    place = data.find(tensors[name].tobytes())
+    data[place : place + tensors[name].nbytes] = order[name].tobytes()
+    path.unlink()  # it may be a hard link
+    path.write_bytes(data)
+    write_manifest(folder, Bundle.open(folder, verify=False).manifest)
+    with pytest.raises(BundleError, match=r"layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN"):
+        quantise_bundle(folder, Request(type="int8", data=calibration_set), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantised_bundle_is_not_quantised_again(int8, calibration_set, tmp_path):
+    with pytest.raises(UsageError, match="is quantised already"):
+        quantise_bundle(int8[0], Request(type="int8", data=calibration_set), tmp_path / "out")
+
+
+def test_a_recipe_of_another_type_is_refused(int8):
+    with pytest.raises(UsageError, match="the recipe is for int8, and fp8 was asked for"):
+        Request(type="fp8", recipe=int8[1].recipe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "give one of them"),
+        (["--data", "demo", "--recipe", "none.json"], "none.json cannot be read"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl is missing"),
+        (["--data", "demo", "--samples", "3"], "at least 16"),
+        (["--data", "demo", "--min-share", "2"], "not between 0 and 1"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(small_bundle, tmp_path, capsys, arguments, sentence):
+    code = main([str(small_bundle), "--quantize", "int8", "-o", str(tmp_path / "out"), *arguments])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_of_one_image_is_one_sentence_through_the_command(small_bundle, tmp_path, capsys):
+    from PIL import Image
+
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "data/one.png")
+    data = ["--data", str(tmp_path / "data"), "-o", str(tmp_path / "out"), "--quiet"]
+    assert main([str(small_bundle), "--quantize", "int8", *data]) == 2
+    assert "gives 1 distinct, readable query inputs" in capsys.readouterr().err
+    assert json.loads((small_bundle / "bundle.json").read_text())["quantization"] is None

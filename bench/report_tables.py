@@ -109,7 +109,7 @@ def make_efficiency(records: Sequence[Record]) -> Table | None:
         "GiB",
         "ms here",
         "limit here",
-        *(f"limit {name}" for name in devices),
+        *devices,
         "paper ms",
     )
     return Table(head, rows, note)

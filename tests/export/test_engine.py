@@ -18,8 +18,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from metaembed.export.cli_build import main as build_command
-from metaembed.export.engine import MemoryWatch, run_worker
 from metaembed.export.engine_commands import trtexec_command
+from metaembed.export.engine_process import MemoryWatch, run_worker
 from metaembed.export.memory import count_weights
 from metaembed.export.profiles import Sizes, plan_engines, scorer_engine
 from metaembed.export.scorer import write_scorer
@@ -104,6 +104,8 @@ def test_estimates_are_recorded_beside_what_was_measured(built):
     measured = [engine["peak_memory_bytes"] for engine in record["engines"]]
     assert all(peak > 50 << 20 for peak in measured), "a process with TensorRT-RTX holds more than this"
     assert 0.5 < record["estimate"]["build_peak"] / max(measured) < 2.5
+    stated = [engine["activation_bytes"] for engine in record["engines"]]
+    assert 0.3 < record["estimate"]["activations"] / max(stated) < 3
     assert 0.5 < record["estimate"]["plans"] / sum(engine["bytes"] for engine in record["engines"]) < 2
 
 

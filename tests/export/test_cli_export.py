@@ -163,7 +163,7 @@ def test_a_full_disk_at_any_step(refused: Callable[..., str], cheap: pytest.Monk
 
 
 def test_out_of_memory(refused: Callable[..., str], cheap: pytest.MonkeyPatch):
-    def exhaust(*_: object) -> None:
+    def exhaust(*_: object, **__: object) -> None:
         raise MemoryError
 
     cheap.setattr(bundle_module, "trace_language", exhaust)
@@ -171,7 +171,7 @@ def test_out_of_memory(refused: Callable[..., str], cheap: pytest.MonkeyPatch):
 
 
 def test_failed_parity_leaves_no_bundle(refused: Callable[..., str], cheap: pytest.MonkeyPatch):
-    def disagree(*_: object) -> None:
+    def disagree(*_: object, **__: object) -> None:
         raise ParityError("parity failed on here: query r=8, text: worst cosine 0.5")
 
     cheap.setattr(bundle_module, "_judge", disagree)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from metaembed.runtime.budget import TRAINED_GROUPS, Budget
+from metaembed.runtime.cascade import Stage
 from metaembed.runtime.encoder import Floats
 
 from .baselines import all_tokens, last_token, load_demo_model, pooled_spans, read_tokens
@@ -18,7 +19,6 @@ from .quality import (
     NDCG_CUTOFF,
     PerQuery,
     Relevant,
-    Stage,
     confidence_interval,
     judge,
     score_cascade,
@@ -93,7 +93,7 @@ def measure_claims(split: Split, models: Mapping[str, Sequence]) -> tuple[list[R
 def judge_claims(points: Points) -> list[Record]:
     """What the points say of each claim; a claim about systems that were not measured is left out."""
     mmr = [points["MMR", budget] for budget in BUDGETS]
-    claims = [(f"quality rises from {a.budget} to {b.budget}", b, a) for a, b in itertools.pairwise(mmr)]
+    claims = [(f"quality rises from {a.budget} to {b.budget}", b, a) for a, b in pairwise(mmr)]
     for budget in BUDGETS[:-1]:
         claims.append((f"MMR beats NoMMR at {budget}", points["MMR", budget], points.get(("NoMMR", budget))))
     claims += [

@@ -8,7 +8,9 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from metaembed.runtime.errors import UsageError
+from metaembed.runtime.errors import BundleError, UsageError
+
+SAME = 1e-3  # float32 contestants agree to 1e-6; only another model's weights differ by more
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +46,11 @@ def work(args: argparse.Namespace) -> None:
         note = (lambda text: None) if args.quiet else (lambda text: print(f"{text} ...", file=sys.stderr))
         measured = race(contestants, cases, rounds=args.rounds, warmup=args.warmup, note=note)
         records = [make_record("encoder", {"model": model, **values}, bundle) for values in measured]
+    print_race(measured)
+    if any(values.get("max_abs_difference", 0) > SAME for values in measured if values["contestant"] != "bundle int8"):
+        raise BundleError("the contestants' vectors differ: --checkpoint is not what the bundle was exported from")
     if args.output:
         append_records(args.output, records)
-    print_race(measured)
     print("TensorRT against PyTorch bf16: skipped; it needs an NVIDIA GPU")
 
 

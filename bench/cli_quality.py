@@ -62,8 +62,7 @@ def work(args: argparse.Namespace) -> None:
 def parse_cascades(args: argparse.Namespace, encoder) -> list[list]:
     """Each budget as a cascade of one stage, then the cascades asked for, all within what the bundle serves."""
     from metaembed.runtime.budget import parse_budgets
-
-    from .quality import Stage
+    from metaembed.runtime.cascade import Stage
 
     largest = encoder.bundle.manifest.largest
     budgets = parse_budgets(args.budget, largest.query, largest.candidate) if args.budget else encoder.budgets

@@ -6,8 +6,11 @@ All of them get the shortest exact input: a query only its own r rows of Meta To
 
 from __future__ import annotations
 
+import logging
 import tempfile
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,9 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLModel
 from transformers.utils import logging as hf_logging
 
-from metaembed.runtime.manifest import TOKENIZER, Bundle
-from metaembed.runtime.text import Template, Tokenizer
+from metaembed.runtime.manifest import Bundle
 
-from .contestants import prepare_input
+from .contestants import Prepared, prepare_input
 from .encoder import Case, Runner
 
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]  # embeddings (b, t, d), mask (b, t), positions (3, b, t) -> hidden
@@ -47,49 +49,56 @@ def build_hf(
     torch.set_num_threads(threads or torch.get_num_threads())
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    opened = Bundle.open(bundle, verify=False)
     model = Qwen2_5_VLModel.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    meta = _read_meta_tokens(checkpoint)
-    image_token = Tokenizer(opened.path(TOKENIZER), Template.from_json(opened.manifest.template)).image_id
     decode = _decoder(model, compiled, plain_onnx, threads)
     if compiled:
         model.visual = torch.compile(model.visual, dynamic=False)
+    opened, meta = Bundle.open(bundle, verify=False), _read_meta_tokens(checkpoint)
 
     def prepare(case: Case) -> Runner:
         if plain_onnx and case.image_tokens:
             raise ValueError("HF's vision tower does not export: its window order depends on data")
-        item = prepare_input(opened, case)
-        rows = _rows(meta, case, opened.manifest.geometry.query_tokens, all_rows)
-        last = len(rows) if case.side == "candidate" or not all_rows else opened.manifest.geometry.query_tokens
-        filler = torch.zeros(len(rows), dtype=torch.long)
-        ids = torch.cat([torch.from_numpy(item.prompt), filler]).repeat(case.batch, 1)
-        pixels = None if item.pixels is None else torch.from_numpy(item.pixels).repeat(case.batch, 1)
-        grids = None if item.grid is None else torch.tensor([[1, *item.grid]] * case.batch)
-        start = len(item.prompt) if case.side == "query" else len(item.prompt) + last - case.vectors
-        if case.side == "candidate" and all_rows:
-            start = len(item.prompt) + opened.manifest.geometry.query_tokens
-
-        @torch.inference_mode()
-        def run() -> np.ndarray:
-            attention = torch.ones_like(ids)
-            is_image = ids == image_token
-            embeds = model.get_input_embeddings()(ids)
-            embeds[:, len(item.prompt) :] = rows
-            if pixels is not None:
-                embeds[is_image] = torch.cat(list(model.get_image_features(pixels, grids).pooler_output))
-            positions, _ = model.get_rope_index(ids, is_image.int(), grids, attention_mask=attention)
-            hidden = decode(embeds, attention, positions)[:, start : start + case.vectors]
-            return nn.functional.normalize(hidden, dim=-1).numpy()
-
-        return run
+        batch = _lay_out(prepare_input(opened, case), case, meta, opened.manifest.geometry.query_tokens, all_rows)
+        return lambda: _embed(model, decode, batch)
 
     return prepare
 
 
-def _rows(meta: Tensor, case: Case, query_tokens: int, all_rows: bool) -> Tensor:
-    if all_rows:
-        return meta
-    return meta[: case.vectors] if case.side == "query" else meta[: query_tokens + case.vectors]
+@dataclass(frozen=True)
+class _Batch:
+    """Ids (b, t) with zeros where Meta Token rows (m, d) go at the end, pixels (p, 1176), grids (b, 3), the answers' places."""
+
+    ids: Tensor
+    rows: Tensor
+    pixels: Tensor | None
+    grids: Tensor | None
+    answers: slice
+
+
+def _lay_out(item: Prepared, case: Case, meta: Tensor, query_tokens: int, all_rows: bool) -> _Batch:
+    before = 0 if case.side == "query" else query_tokens  # rows in front of the answers
+    rows = meta if all_rows else meta[: before + case.vectors]
+    ids = torch.cat([torch.from_numpy(item.prompt), torch.zeros(len(rows), dtype=torch.long)])
+    start = len(item.prompt) + before
+    return _Batch(
+        ids.repeat(case.batch, 1),
+        rows,
+        None if item.pixels is None else torch.from_numpy(item.pixels).repeat(case.batch, 1),
+        None if item.grid is None else torch.tensor([[1, *item.grid]] * case.batch),
+        slice(start, start + case.vectors),
+    )
+
+
+@torch.inference_mode()
+def _embed(model: Any, decode: Decode, batch: _Batch) -> np.ndarray:
+    attention, is_image = torch.ones_like(batch.ids), batch.ids == model.config.image_token_id
+    embeds = model.get_input_embeddings()(batch.ids)
+    embeds[:, -len(batch.rows) :] = batch.rows
+    if batch.pixels is not None:
+        embeds[is_image] = torch.cat(list(model.get_image_features(batch.pixels, batch.grids).pooler_output))
+    positions, _ = model.get_rope_index(batch.ids, is_image.int(), batch.grids, attention_mask=attention)
+    hidden = decode(embeds, attention, positions)[:, batch.answers]
+    return nn.functional.normalize(hidden, dim=-1).numpy()
 
 
 def _read_meta_tokens(checkpoint: Path) -> Tensor:
@@ -124,7 +133,9 @@ def _export_plainly(decoder: nn.Module, hidden: int, threads: int) -> Decode:
     b, t = torch.export.Dim("b"), torch.export.Dim("t")
     example = (torch.zeros(2, 23, hidden), torch.ones(2, 23, dtype=torch.long), torch.zeros(3, 2, 23, dtype=torch.long))
     shapes = {"embeds": {0: b, 1: t}, "attention": {0: b, 1: t}, "positions": {1: b, 2: t}}
-    with tempfile.TemporaryDirectory() as work:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision's absence, among others
+    with tempfile.TemporaryDirectory() as work, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         path = Path(work) / "decoder.onnx"
         torch.onnx.export(
             decoder.eval(), example, path, dynamo=True, dynamic_shapes=shapes, external_data=True, verbose=False,

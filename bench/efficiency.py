@@ -1,4 +1,4 @@
-"""What scoring and encoding cost: arithmetic for every model and device, and scoring measured on this machine beside its limit."""
+"""What scoring and encoding cost: arithmetic for every model and device; scoring measured here beside this machine's limit."""
 
 from __future__ import annotations
 

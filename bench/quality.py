@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from metaembed.runtime.budget import Budget
+from metaembed.runtime.cascade import Stage
 from metaembed.runtime.encoder import Encoder, Floats
-from metaembed.runtime.errors import UsageError
 from metaembed.runtime.maxsim import maxsim
 
 from .dataset import Dataset, Item
@@ -26,25 +24,6 @@ STAGE_STEP = 1e6
 
 Relevant = Sequence[Mapping[int, float]]
 PerQuery = dict[str, NDArray[np.float64]]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a cascade: a budget, and how many of the best it hands on (None: all)."""
-
-    budget: Budget
-    keep: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.budget}" if self.keep is None else f"{self.budget}:{self.keep}"
-
-    @classmethod
-    def parse(cls, text: str) -> Stage:
-        """Read ``R_Q,R_C`` or ``R_Q,R_C:KEEP``."""
-        budget, colon, keep = text.partition(":")
-        if colon and not (keep.isdigit() and int(keep)):
-            raise UsageError(f"stage {text!r} is not of the form R_Q,R_C:KEEP, for example 1,1:1000")
-        return cls(Budget.parse(budget), int(keep) if colon else None)
 
 
 def embed_dataset(encoder: Encoder, dataset: Dataset) -> tuple[Floats, Floats]:
@@ -84,9 +63,11 @@ def score_cascade(queries: Floats, candidates: Floats, stages: Sequence[Stage]) 
 def _later_stages(
     query: Floats, candidates: Floats, scores: NDArray[np.float64], stages: Sequence[Stage]
 ) -> NDArray[np.float64]:
-    for number, (before, stage) in enumerate(itertools.pairwise(stages), start=1):
+    for number, (before, stage) in enumerate(pairwise(stages), start=1):
         survivors = np.sort(np.argsort(-scores, kind="stable")[: before.keep])
-        scores[survivors] = maxsim(query, candidates[survivors], stage.budget)[0] + number * STAGE_STEP
+        # float64: float32 would lose the score's digits behind the step
+        later = maxsim(query, candidates[survivors], stage.budget)[0].astype(np.float64)
+        scores[survivors] = later + number * STAGE_STEP
     return scores
 
 

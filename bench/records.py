@@ -43,14 +43,16 @@ def append_records(path: Path, records: Iterable[Record]) -> None:
 
 
 def read_records(paths: Sequence[Path]) -> list[Record]:
-    """All records of JSON lines files, and of those in folders, in order.
+    """All records of JSON lines files, and of those in folders, in order; one without a kind has its file's name as kind.
 
     Raises:
         UsageError: a path is missing, or a folder has no .jsonl file.
-        BundleError: a line is no JSON object with a ``kind``.
+        BundleError: a line is no JSON object.
     """
     files = [file for path in paths for file in _files(path)]
-    return [_parse(line, f"{file}, line {number}") for file in files for number, line in _lines(file)]
+    return [
+        {"kind": file.stem, **_parse(line, f"{file}, line {number}")} for file in files for number, line in _lines(file)
+    ]
 
 
 def latest(records: Iterable[Record], *keys: str) -> list[Record]:
@@ -146,6 +148,6 @@ def _parse(line: str, where: str) -> Record:
         record = json.loads(line)
     except ValueError as error:
         raise BundleError(f"{where} is not JSON ({error})") from None
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-        raise BundleError(f"{where} is no record: an object with a kind is needed")
+    if not isinstance(record, dict) or not isinstance(record.get("kind", ""), str):
+        raise BundleError(f"{where} is no record: an object is needed, and its kind a word")
     return record

@@ -18,8 +18,8 @@ h3{font-size:1rem;margin:1.5rem 0 .5rem}
 .lead{max-width:46rem;margin:0 0 1.2rem}
 .note{font-size:.85rem;margin:.5rem 0 0;max-width:60rem}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:1rem}
-figure{margin:0;padding:.9rem .9rem .7rem;background:var(--card);border:1px solid var(--line);border-radius:10px;min-width:0;
-display:flex;flex-direction:column}
+figure{margin:0;width:100%;max-width:640px;padding:.9rem .9rem .7rem;display:flex;flex-direction:column;
+background:var(--card);border:1px solid var(--line);border-radius:10px;min-width:0}
 figure svg{width:100%;height:auto;max-height:34rem;margin:auto 0}
 figure text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif!important}
 figcaption{font-size:.85rem;margin-top:.5rem}
@@ -36,7 +36,8 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1rem;font-size:
 dt{font-weight:600}dd{margin:0;overflow-wrap:anywhere;min-width:0}
 footer{margin-top:3rem;padding-top:1.1rem;border-top:1px solid var(--line)}
 @media(max-width:600px){body{font-size:15px}main{padding:1.3rem .8rem 3rem}h1{font-size:1.5rem}
-dl{grid-template-columns:1fr}dt{margin-top:.5rem}figure{padding:.6rem .5rem}th,td{padding:.38rem .5rem}}
+dl{grid-template-columns:1fr}dt{margin-top:.5rem}figure{padding:.6rem .5rem}th,td{padding:.38rem .5rem}
+.words td:first-child{white-space:normal;min-width:6rem}.words th:nth-child(2),.words td:nth-child(2){min-width:11rem}}
 @media print{@page{margin:14mm}main{max-width:none;padding:0}body{font-size:10pt}section{break-inside:auto}
 figure,tr,h2,h3{break-inside:avoid}h2,h3{break-after:avoid}.scroll{overflow:visible;border:0}
 .plots{grid-template-columns:1fr 1fr}table{font-size:7pt}th,td{padding:.2rem .3rem;white-space:normal}

@@ -94,7 +94,7 @@ def draw_latency(records: Sequence[Record]) -> Figure | None:
         axes.plot(budgets, limits, color=SERIES[k], label=f"{name}, this machine's limit", **DASHED)
     axes.set_yscale("log")
     _log_axis(axes.yaxis)
-    return _finish(figure, axes, "budget", f"ms to score one query against {found[0]['scaled_to']:,}", columns=2)
+    return _finish(figure, axes, "budget", f"ms a query, {found[0]['scaled_to']:,} candidates")
 
 
 def draw_memory(records: Sequence[Record]) -> Figure | None:
@@ -141,24 +141,32 @@ def draw_encoder(records: Sequence[Record]) -> Figure | None:
     if not models:
         return None
     contestants = list(dict.fromkeys(record["contestant"] for record in found))
-    figure, axes = plt.subplots(1, len(models), figsize=(max(6.4, 4.6 * len(models)), 5.2), squeeze=False)
+    height = 1.2 + 0.7 * max(len(group(runs, "input")) for runs in models.values())
+    figure, axes = plt.subplots(1, len(models), figsize=(max(5.4, 4.2 * len(models)), height), squeeze=False)
     for ax, ((model,), runs) in zip(axes[0], models.items(), strict=True):
-        inputs = list(group(runs, "input"))
-        for k, contestant in enumerate(contestants):
-            rows = [(inputs.index((r["input"],)), r) for r in runs if r["contestant"] == contestant]
-            places = [-(row + (k - (len(contestants) - 1) / 2) * 0.8 / len(contestants)) for row, _ in rows]
-            medians = [record["median_ms"] for _, record in rows]
-            tails = [record["p95_ms"] - record["median_ms"] for _, record in rows]
-            ax.barh(places, medians, 0.72 / len(contestants), color=SERIES[k % len(SERIES)], label=contestant,
-                    xerr=[[0] * len(tails), tails], error_kw={"ecolor": LIGHT["muted"], "elinewidth": 1})  # fmt: skip
-        ax.set_yticks([-k for k in range(len(inputs))], [name for (name,) in inputs])
-        ax.set_xscale("log")
-        _log_axis(ax.xaxis)
-        ax.grid(axis="y", visible=False)
-        ax.set_xlabel(f"ms, {model}")
+        _race_panel(ax, runs, contestants)
+        ax.set_xlabel(f"ms, {model}: median, and the line to p95")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     return figure
+
+
+def _race_panel(axes: Axes, runs: Sequence[Record], contestants: Sequence[str]) -> None:
+    """A row an input; within it each contestant's mark at a height of its own."""
+    inputs = [name for (name,) in group(runs, "input")]
+    for k, contestant in enumerate(contestants):
+        own = [run for run in runs if run["contestant"] == contestant]
+        places = [
+            -(inputs.index(run["input"]) + (k - (len(contestants) - 1) / 2) * 0.7 / len(contestants)) for run in own
+        ]
+        medians, colour = [run["median_ms"] for run in own], SERIES[k % len(SERIES)]
+        axes.hlines(places, medians, [run["p95_ms"] for run in own], color=colour, linewidth=1.5, alpha=0.6)
+        axes.plot(medians, places, linestyle="", color=colour, marker=MARKERS[k % len(MARKERS)], label=contestant)
+    axes.set_yticks([-row for row in range(len(inputs))], inputs)
+    axes.set_ylim(0.5 - len(inputs), 0.5)
+    axes.set_xscale("log")
+    _log_axis(axes.xaxis)
+    axes.grid(axis="y", visible=False)
 
 
 def draw_parity(records: Sequence[Record]) -> Figure | None:
@@ -184,7 +192,7 @@ def draw_sensitivity(records: Sequence[Record]) -> Figure | None:
     if not found:
         return None
     found = sorted(found, key=lambda record: record["cost"])[-MOST_BARS:]
-    figure, axes = plt.subplots(figsize=(6.4, 0.5 + 0.32 * len(found) + 0.5))
+    figure, axes = plt.subplots(figsize=(5.4, 0.5 + 0.32 * len(found) + 0.5))
     colours = [LIGHT["s1"] if record["quantised"] else LIGHT["s2"] for record in found]
     axes.barh([record["group"] for record in found], [record["cost"] for record in found], color=colours, height=0.7)
     axes.grid(axis="y", visible=False)
@@ -194,14 +202,14 @@ def draw_sensitivity(records: Sequence[Record]) -> Figure | None:
 
 PLOTS = (
     Plot("quality", "Quality by budget", "nDCG@5 with 95 % bootstrap intervals over the queries.", draw_quality),
-    Plot("claims", "The paper's claims, on the demo", "The same queries for every system; bands are 95 % intervals.", draw_claims),
+    Plot("claims", "The paper's claims, on the demo", "The same queries for all systems; bands are 95 % intervals.", draw_claims),
     Plot("tradeoff", "What a kilobyte buys", "Each mark is a budget; further left is a smaller index.", draw_tradeoff),
     Plot("latency", "Scoring time by budget", "Medians on this machine (solid) and what it could do at best (dashed); larger "
          "indexes than were held in memory are scaled.", draw_latency),
     Plot("memory", "Index size by budget", "By arithmetic: vectors x dims x 2 bytes.", draw_memory),
     Plot("roofline", "Roofline of scoring", "How close scoring comes to what this machine's arithmetic and memory allow.",
          draw_roofline),
-    Plot("encoder", "Encoding one input", "Medians with the distance to p95; contestants took turns in processes of their own.",
+    Plot("encoder", "Encoding one input", "Contestants took turns on the same inputs, each in a process of its own.",
          draw_encoder),
     Plot("parity", "Parity by image size", "The bundle's golden inputs replayed here, against Hugging Face in float32.",
          draw_parity),
@@ -229,13 +237,14 @@ def _curve_with_interval(axes: Axes, curve: Sequence[Record], label: str, k: int
         axes.vlines(budgets, low, high, color=colour, alpha=0.5, linewidth=2)
 
 
-def _finish(figure: Figure, axes: Axes, x: str, y: str, columns: int = 1) -> Figure:
+def _finish(figure: Figure, axes: Axes, x: str, y: str) -> Figure:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns if len(labels) > 4 else min(3, len(labels)),
-                      fontsize=9)  # fmt: skip
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=2 if len(labels) > 3 else len(labels), fontsize=9
+        )
     elif labels:
         axes.set_title(labels[0], fontsize=9, color=LIGHT["muted"], loc="left")
     return figure

@@ -32,7 +32,7 @@ PALETTE = {
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 SERIES = [LIGHT[f"s{k}"] for k in range(1, 7)]
 MARKERS = ["o", "s", "D", "^", "v", "P"]  # a second sign beside the colour
-WIDTH, HEIGHT = 6.4, 4.0  # inches
+WIDTH, HEIGHT = 5.4, 3.7  # inches: small, so that text stays readable when a phone shrinks the plot
 PNG_DPI = 160
 
 STYLE: dict[str, Any] = {

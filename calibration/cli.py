@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("-f", "--force", action="store_true", help="replace an existing bundle")
     add("--samples", type=int, default=SAMPLES, metavar="N", help=f"inputs to draw from the data (default: {SAMPLES})")
     add("--seed", type=int, default=0, metavar="N", help="which inputs are drawn (default: 0)")
-    add("--observer", choices=RANGES, default="mse", help="how activation ranges are set (default: mse)")
+    add("--observer", choices=RANGES, default="max", help="how activation ranges are set (default: max)")
     add("--no-smoothing", action="store_true", help="do not move outliers from activations into weights first")
     add(
         "--min-share",

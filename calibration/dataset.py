@@ -135,11 +135,17 @@ def choose(
 
 
 def _interleave(items: Iterable[CalibrationItem], rng: np.random.Generator) -> Iterator[CalibrationItem]:
-    """Items in random order, one of each kind by turns, so that a prefix of any length is even."""
+    """Items in random order, the sides by turns, and within a side its kinds by turns: a prefix of any length is even."""
     kinds: dict[tuple[str, bool, bool], list[CalibrationItem]] = {}
     for item in items:
         kinds.setdefault(item.kind, []).append(item)
-    queues = [[same[k] for k in rng.permutation(len(same))] for _, same in sorted(kinds.items())]
+    shuffled = {kind: [same[k] for k in rng.permutation(len(same))] for kind, same in sorted(kinds.items())}
+    sides = ([same for kind, same in shuffled.items() if kind[0] == side] for side in SIDES)
+    return _by_turns([list(_by_turns(queues)) for queues in sides])
+
+
+def _by_turns(queues: Sequence[Sequence[CalibrationItem]]) -> Iterator[CalibrationItem]:
+    """One of each queue in turn, until all are empty."""
     for turn in range(max(map(len, queues), default=0)):
         yield from (queue[turn] for queue in queues if turn < len(queue))
 

@@ -51,7 +51,7 @@ class Request:
     type: str
     data: CalibrationSet | None = None
     recipe: Recipe | None = None
-    observer: str = "mse"
+    observer: str = "max"
     smooth: bool = True
     min_share: float = MIN_SHARE
     threads: int = 0

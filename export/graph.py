@@ -133,8 +133,8 @@ def check_operators(model: ir.Model, allowed: frozenset[str] = ALLOWED_OPERATORS
 
 def save_graph(model: ir.Model, path: Path) -> None:
     """Write the graph, without torch's metadata (stack traces, paths); weights stay where they are."""
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
+    for owner in (model, model.graph, *model.graph.all_nodes()):
+        owner.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     ir.save(model, path)

@@ -91,8 +91,8 @@ def _arithmetic(plan: Plan, advice: Advice) -> str:
 
 def _scoring_words(plan: Plan, option: Option, bandwidth: float) -> str:
     first = option.first or option.budget
-    what = f"{plan.candidates:,} x {first.candidate} x {plan.geometry.dim} {option.index_type} values at {bandwidth:g} GB/s or peak"
-    return what if option.first is None else f"{what}, then {option.survivors:,} at {option.budget}"
+    values = f"{plan.candidates:,} x {first.candidate} x {plan.geometry.dim} {option.index_type} values at {bandwidth:g} GB/s"
+    return values if option.first is None else f"{values}, then {option.survivors:,} at {option.budget}"
 
 
 def _quality_note(option: Option, measured: bool) -> str:

@@ -34,7 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data", type=Path, required=True, metavar="DIR|FILE.jsonl", help="what to index")
     add("-o", "--output", type=Path, required=True, metavar="INDEX", help="the folder to write")
     add("--budget", type=int, metavar="R_C", help="vectors per item (default: the largest in the bundle)")
-    add("--storage", choices=("bf16", "int8"), default="bf16", help="int8 halves the size (default: %(default)s)")
+    add(
+        "--storage",
+        choices=("bf16", "int8"),
+        default="bf16",
+        help="of a new index; int8 halves the size (default: %(default)s)",
+    )
+    add(
+        "--screen",
+        action="store_true",
+        help="of a new index: the first vectors in int8 too, for a faster, still exact first stage",
+    )
     add("--resume", action="store_true", help="continue or extend an index; known ids are passed over")
     add("--update", action="store_true", help="with --resume: encode known ids anew and replace them")
     parser.add_common()
@@ -59,7 +69,9 @@ def _build(args: argparse.Namespace) -> int:
     resume = args.resume or args.update
     with (
         Encoder.open(args.bundle) as encoder,
-        open_writer(encoder, args.output, resume=resume, storage=args.storage, vectors=args.budget) as writer,
+        open_writer(
+            encoder, args.output, resume=resume, storage=args.storage, screen=args.screen, vectors=args.budget
+        ) as writer,
     ):
         report = build_index(encoder, writer, items, update=args.update,
                              track=lambda work: progress(work, "indexing", quiet=args.quiet))  # fmt: skip

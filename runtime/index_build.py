@@ -89,7 +89,9 @@ def _read_line(path: Path, number: int, line: bytes) -> Item:
     return Item(str(id_), text or None, path.parent / image if image else None, data or None)
 
 
-def open_writer(encoder: Encoder, folder: Path, *, resume: bool, storage: str, vectors: int | None) -> IndexWriter:
+def open_writer(
+    encoder: Encoder, folder: Path, *, resume: bool, storage: str, screen: bool, vectors: int | None
+) -> IndexWriter:
     """Create an index for an encoder, or open one that the same model began.
 
     Raises:
@@ -104,7 +106,8 @@ def open_writer(encoder: Encoder, folder: Path, *, resume: bool, storage: str, v
     if not resume or not folder.exists():
         if folder.exists():
             raise UsageError(f"{folder} exists; give --resume to continue or extend it, or another folder with -o")
-        layout = Layout.for_vectors(encoder.dim, vectors, storage, [budget.candidate for budget in encoder.budgets])
+        ends = [budget.candidate for budget in encoder.budgets]
+        layout = Layout.for_vectors(encoder.dim, vectors, storage, ends, screen=screen)
         bundle = str(Path(encoder.bundle.folder).absolute())
         Index.create(folder, layout, fingerprint=encoder.fingerprint, bundle=bundle)
     writer = IndexWriter(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -45,17 +46,18 @@ def test_held_out_items_are_not_calibrated_on_and_both_sides_have_some():
     assert len(found.held_out) == 8  # every fourth
 
 
-def test_kinds_of_input_are_drawn_evenly():
-    items = [
-        *texts(90),
-        *texts(10, "candidate"),
-        *(CalibrationItem("query", f"t{k}", _noise(k), f"{k}") for k in range(9)),
-    ]
-    found = choose(items, "x", samples=24)
-    counts = {}
-    for item in (*found.items, *found.held_out):
-        counts[item.kind] = counts.get(item.kind, 0) + 1
-    assert list(counts.values()) == [8, 8, 8]
+def test_sides_and_within_a_side_kinds_are_drawn_evenly():
+    both = [CalibrationItem("query", f"t{k}", _noise(k), f"{k}") for k in range(9)]
+    found = choose([*texts(90), *both, *texts(90, "candidate")], "x", samples=24)
+    counts = Counter(item.kind for item in (*found.items, *found.held_out))
+    assert counts == {("query", True, False): 6, ("query", True, True): 6, ("candidate", True, False): 12}
+
+
+def test_the_smallest_set_has_enough_of_each_side_whatever_the_kinds():
+    """Three kinds of candidate and one of query: 16 items are 8 and 8."""
+    images = [CalibrationItem("candidate", text, _noise(k), f"{k}") for k in range(6) for text in (None, f"t{k}")]
+    found = choose([*texts(40), *texts(40, "candidate"), *images], "x", samples=16)
+    assert Counter(item.side for item in (*found.items, *found.held_out)) == {"query": 8, "candidate": 8}
 
 
 def _noise(seed: int) -> Image.Image:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import Qwen2_5_VLModel
 
 from metaembed.export import streamed
 from metaembed.export.golden import draw_page, quick_items
@@ -29,8 +31,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 @pytest.fixture(scope="module")
 def loaded(source: Source) -> Reference:
+    """As HF itself loads it."""
     reference = Reference(source)
     assert not reference.streamed
+    reference.model = Qwen2_5_VLModel.from_pretrained(source.folder, dtype=torch.float32).eval()
     return reference
 
 
@@ -47,6 +51,10 @@ def test_streamed_embeddings_are_those_of_the_loaded_model(loaded: Reference, st
     expected = loaded.encode("candidate", ITEMS)
     np.testing.assert_array_equal(streaming.encode("candidate", ITEMS), expected)
     np.testing.assert_array_equal(streaming.encode("candidate", ITEMS), expected)
+
+
+def test_embeddings_with_all_weights_in_memory_are_those_of_the_loaded_model(source: Source, loaded: Reference):
+    np.testing.assert_array_equal(Reference(source).encode("query", ITEMS), loaded.encode("query", ITEMS))
 
 
 def test_no_weights_stay_in_memory(streaming: Reference):

@@ -9,6 +9,9 @@ from metaembed.runtime.cascade import Stage, default_cascade
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.index import Index
 from metaembed.runtime.index_layout import Layout
+from metaembed.runtime.int8 import quantize_int8
+from metaembed.runtime.maxsim import maxsim
+from metaembed.runtime.screen import may_be_best
 
 R_Q, R_C, D = 4, 8, 24
 
@@ -74,6 +77,34 @@ def test_the_first_stage_touches_only_its_group(corpus, monkeypatch):
         index.search(query, 10, cascade=[Stage(Budget(1, 1), 20), Stage(Budget(R_Q, R_C))])
         checked = np.concatenate([part.segment._checked for part in index.snapshot().parts])
     assert checked.sum(axis=0).tolist() == [300, 20, 20]
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.01])
+@pytest.mark.parametrize("keep", [10, 50, 299])
+def test_the_screen_never_changes_a_result(tmp_path, spread, keep):
+    """Float64 by hand; items that lie so close together that int8 confuses their order are told apart all the same."""
+    rng = np.random.default_rng(1)
+    vectors = unit(rng, 1, R_C, D) + spread * unit(rng, 300, R_C, D)
+    query = unit(rng, R_Q, D)
+    Index.create(tmp_path / "index", Layout.for_vectors(D, R_C, screen=True))
+    with Index.open(tmp_path / "index") as index:
+        with index.writer() as writer:
+            writer.add([f"item{i:03}" for i in range(300)], vectors)
+            writer.delete(["item007"])
+        assert index.verify() == []
+        hits = index.search(query, keep, cascade=[Stage(Budget(2, 1))])
+    stored = vectors.astype(ml_dtypes.bfloat16).astype(np.float64)
+    expected = [i for i in by_hand(stored, query, [(2, 1, None)], keep + 1) if i != 7][:keep]
+    assert [hit.id for hit in hits] == [f"item{i:03}" for i in expected]
+
+
+def test_the_screen_passes_over_most_of_what_is_far():
+    rng = np.random.default_rng(2)
+    query, vectors = unit(rng, 1, 128), unit(rng, 5000, 1, 128)
+    exact = maxsim(query, vectors)[0]
+    rows = may_be_best(query, quantize_int8(vectors), np.arange(5000), 10)
+    assert set(np.argsort(-exact)[:10]) <= set(rows.tolist())
+    assert len(rows) < 500
 
 
 def test_default_cascade_is_the_full_scan_while_small_and_keeps_a_tenth_beyond():

@@ -43,6 +43,7 @@ def index(demo_bundle, data, tmp_path_factory):
 
 
 def searched(capsys, *argv):
+    capsys.readouterr()
     assert cli_search.main([*map(str, argv), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -160,7 +161,7 @@ def test_another_models_bundle_is_refused(demo_bundle, index, tmp_path, capsys):
 def test_a_killed_run_continues_without_loss(demo_bundle, tmp_path, capsys):
     """SIGKILL once the first batch is stored; afterwards every line is there once."""
     lines = tmp_path / "lines.jsonl"
-    lines.write_text("\n".join(json.dumps({"id": f"item{i}", "text": f"number {i}"}) for i in range(300)))
+    lines.write_text("\n".join(json.dumps({"id": f"item{i}", "text": f"number {i}"}) for i in range(150)))
     folder = tmp_path / "index"
     command = [str(demo_bundle), "--data", str(lines), "-o", str(folder), "--quiet"]
     process = subprocess.Popen([sys.executable, "-m", "metaembed.runtime.cli_index", *command])
@@ -170,5 +171,5 @@ def test_a_killed_run_continues_without_loss(demo_bundle, tmp_path, capsys):
     process.wait()
     assert cli_index.main([*command, "--resume"]) == 0
     with Index.open(folder) as index:
-        assert len(index) == 300
+        assert len(index) == 150
         assert index.verify() == []

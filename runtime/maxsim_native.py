@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from .int8 import Int8Vectors
 
-# As in _maxsim.c: dims in one step, and the rows up to which lanes are dims rather than query vectors.
-CHUNK, FEW = 32, 4
-INTERFACE = 1
+# As in _maxsim.c: dims in one step; rows up to which lanes are dims rather than query vectors; rows of their tiles.
+CHUNK, FEW, FEW_TALL = 32, 8, 4
+INTERFACE = 2
 BLOCK_ITEMS = 96
 STORAGE = {np.dtype(ml_dtypes.bfloat16): 0, np.dtype(np.float32): 1, np.dtype(np.int8): 2}
 # Multiply-adds below which waking threads (about 50 us) costs more than it saves.
@@ -123,16 +123,18 @@ def score(
 def pack(queries: NDArray[np.float32], interleaved: bool, width: int) -> tuple[NDArray[np.float32], int]:
     """Queries (q, r_q, d) as the kernels read them, zero-padded, and the number of rows with padding.
 
-    Up to four rows: [chunks][rows][32]; more: [rows / width][dims][width]. For bf16, even dims of a chunk come first.
+    Up to eight rows: [rows / tall][chunks][tall][32]; more: [rows / width][dims][width]. For bf16, even dims of a chunk
+    come first.
     """
     count, dims = queries.shape[0] * queries.shape[1], queries.shape[2]
-    rows = {1: 1, 2: 2, 3: 4, 4: 4}.get(count) or -(-count // width) * width
+    rows = next((few for few in (1, 2, 4, FEW) if count <= few), -(-count // width) * width)
     padded = np.zeros((rows, -(-dims // CHUNK) * CHUNK), np.float32)
     padded[:count, :dims] = queries.reshape(count, dims)
     if interleaved:
         padded = padded.reshape(rows, -1, CHUNK // 2, 2).swapaxes(2, 3).reshape(rows, -1)
     if rows <= FEW:
-        return _aligned_copy(padded.reshape(rows, -1, CHUNK).swapaxes(0, 1)), rows
+        tall = min(rows, FEW_TALL)
+        return _aligned_copy(padded.reshape(rows // tall, tall, -1, CHUNK).swapaxes(1, 2)), rows
     return _aligned_copy(padded.reshape(rows // width, width, -1).swapaxes(1, 2)), rows
 
 

@@ -13,7 +13,8 @@ typedef int8_t vs __attribute__((vector_size(WIDTH), aligned(1), may_alias));
 
 /* What a range of items needs beside its input and output. */
 typedef struct {
-    int64_t rows;   /* as packed: 1, 2, 4, 8 or a multiple of WIDTH */
+    int few;        /* lanes are dims; else lanes are query vectors */
+    int64_t rows;   /* as packed: of few 1, 2 or a multiple of FEW_TALL, else a multiple of WIDTH */
     int64_t stride; /* of `best`: rows, at least 4 */
     vf *sums;       /* few rows: [FLAT][rows] lanes of a sum; many: [FLAT][rows / WIDTH] */
     float *best;    /* [BLOCK_ITEMS][stride] running maxima */
@@ -149,10 +150,10 @@ static void NAME(many)(const Space *space, const float *query, int64_t query_str
 /* Adds the products of all rows with up to FLAT candidates over some chunks; `ahead`: bytes to where to prefetch. */
 INLINE void NAME(products)(const Task *task, const Space *space, int64_t chunk, int64_t chunks,
                            const char *const *candidates, int count, int64_t ahead) {
-    const int64_t tall = space->rows <= FEW ? MIN(space->rows, FEW_TALL) : WIDTH;
+    const int64_t tall = space->few ? MIN(space->rows, FEW_TALL) : WIDTH;
     const float *query = task->packed + chunk * CHUNK * tall;
     const int64_t stride = (task->dims + CHUNK - 1) / CHUNK * CHUNK * tall;
-    if (space->rows <= FEW)
+    if (space->few)
         NAME(few)(space, query, stride, candidates, count, chunks, chunk == 0, ahead);
     else
         NAME(many)(space, query, stride, candidates, count, chunks, chunk == 0, ahead);
@@ -170,7 +171,7 @@ INLINE v4 NAME(totals)(vf a, vf b, vf c, vf d) {
 
 /* Folds the finished sums of one candidate into its item's running maxima. */
 INLINE void NAME(fold)(const Space *space, const vf *sums, float scale, float *best, float *poison) {
-    if (space->rows <= FEW) {
+    if (space->few) {
         const int two = space->rows > 1, four = space->rows > 2; /* the lanes of rows that are not there go unread */
         for (int64_t m = 0; m < space->rows; m += 4, sums += 4, best += 4) {
             v4 dots = NAME(totals)(sums[0], sums[two], sums[2 * four], sums[3 * four]) * scale;
@@ -212,7 +213,7 @@ static void NAME(flat)(const Task *task, const Space *space, const Group *group,
         for (int c = 0; c < count; c++) tails[c] = memcpy(tail[c], candidates[c], rest * BYTES);
         NAME(products)(task, space, whole, 1, tails, count, 0);
     }
-    const int64_t sums = space->rows <= FEW ? space->rows : space->rows / WIDTH;
+    const int64_t sums = space->few ? space->rows : space->rows / WIDTH;
     for (int c = 0; c < count; c++)
         NAME(fold)(space, space->sums + c * sums, scales[c], space->best + items[c] * space->stride,
                    space->poison + items[c] * WIDTH);
@@ -243,7 +244,7 @@ static int NAME(maxsim)(const Task *task, int64_t first, int64_t last) {
     char *memory = NULL;
     if (posix_memalign((void **)&memory, LINE, sums + best + BLOCK_ITEMS * WIDTH * sizeof(float)))
         return NO_MEMORY;
-    const Space space = {rows, stride, (vf *)memory, (float *)(memory + sums), (float *)(memory + sums + best)};
+    const Space space = {task->few, rows, stride, (vf *)memory, (float *)(memory + sums), (float *)(memory + sums + best)};
     for (int64_t item = first; item < last; item += BLOCK_ITEMS)
         NAME(block)(task, &space, item, MIN(item + BLOCK_ITEMS, last));
     free(memory);

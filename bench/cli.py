@@ -21,6 +21,8 @@ COMMANDS = {
         "cli_efficiency",
         "what scoring and encoding cost: arithmetic, this machine's measurements, devices' limits",
     ),
+    "scoring": ("cli_scoring", "MaxSim and the index against this machine's limits and other contestants"),
+    "calibration": ("cli_calibration", "INT8 and FP8 against fp32 and other quantisers, on retrieval itself"),
     "encoder": ("cli_encoder", "a bundle's encoder against PyTorch and a plainly exported graph"),
     "engine": ("cli_engine", "TensorRT engines on this machine's GPU, against their limits"),
     "parity": ("cli_parity", "a bundle's golden inputs replayed, by image size; sensitivities where it is quantised"),

@@ -25,7 +25,7 @@ setup(
             "metaembed.runtime._maxsim",
             ["runtime/_maxsim.c"],
             depends=["runtime/_maxsim_width.h", "runtime/_maxsim_kernel.h"],
-            extra_compile_args=["-O3", "-std=gnu11"],
+            extra_compile_args=["-O3", "-g0", "-std=gnu11"],
             optional=True,
         )
     ],

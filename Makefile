@@ -23,7 +23,12 @@ lint: $(VENV)/package
 	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml -p metaembed.runtime
 
 bench: $(VENV)/package
-	$(BIN)/metaembed-bench --help
+	$(BIN)/metaembed-export --model demo --budget all -o bench-out/bundle -f --quiet
+	rm -rf bench-out/records && mkdir -p bench-out/records
+	$(BIN)/metaembed-bench quality bench-out/bundle -o bench-out/records/quality.jsonl
+	$(BIN)/metaembed-bench efficiency -o bench-out/records/efficiency.jsonl
+	$(BIN)/metaembed-bench parity bench-out/bundle -o bench-out/records/parity.jsonl
+	$(BIN)/metaembed-bench report bench-out/records -o bench-out/report
 
 # The real wheel, not an editable install: what is tested is what is shipped.
 $(VENV)/package: $(VENV)/dependencies $(SOURCES)
@@ -38,4 +43,4 @@ $(VENV)/dependencies: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-out *.egg-info
+	rm -rf $(VENV) build dist demo-out bench-out *.egg-info

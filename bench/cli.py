@@ -13,8 +13,22 @@ COMMANDS = {
     "scenes": ("cli_scenes", "write symbol scenes as a folder of PNG pages with queries and relevance judgements"),
     "demo-quality": (
         "cli_demo_quality",
-        "nDCG@5, recall and MRR of a demo checkpoint on symbol scenes, at every budget",
+        "retrieval quality of a demo checkpoint on symbol scenes, at every budget",
     ),
+    "quality": ("cli_quality", "retrieval quality of a bundle on any data set, per budget and per cascade"),
+    "claims": ("cli_claims", "the paper's claims, tested again on trained demo models"),
+    "efficiency": (
+        "cli_efficiency",
+        "what scoring and encoding cost: arithmetic, this machine's measurements, devices' limits",
+    ),
+    "scoring": ("cli_scoring", "MaxSim and the index against this machine's limits and other contestants"),
+    "calibration": ("cli_calibration", "INT8 and FP8 against fp32 and other quantisers, on retrieval itself"),
+    "encoder": ("cli_encoder", "a bundle's encoder against PyTorch and a plainly exported graph"),
+    "engine": ("cli_engine", "TensorRT engines on this machine's GPU, against their limits"),
+    "parity": ("cli_parity", "a bundle's golden inputs replayed, by image size; sensitivities where it is quantised"),
+    "report": ("cli_report", "records as one self-contained HTML page with plots, and the plots as PNG"),
+    "tables": ("cli_tables", "the tables between <!-- table: NAME --> markers, made again from the records"),
+    "export": ("cli_export", "seconds, memory and bytes of exports at real sizes; exports killed at random moments"),
     "train": ("cli_train", "train the demo model from scratch"),
 }
 

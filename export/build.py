@@ -15,7 +15,8 @@ from metaembed.runtime.graph_maxsim import chunk_size
 from metaembed.runtime.manifest import Bundle
 
 from .device_kit import build_command, write_device_kit
-from .engine import Event, build_engines
+from .engine import build_engines
+from .engine_process import Event
 from .preflight import Preflight, check_target
 from .profiles import SCORER, EngineSpec, Sizes, plan_engines, scorer_engine
 from .route import KIT, choose_route, installed_versions

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from metaembed.runtime.text import Template, Tokenizer
 from metaembed.runtime.weights import place_file
 
 from .checkpoint import Checkpoint, read_json
+from .frozen import frozen_name, trace_frozen
 from .graph import WeightRef, attach_weights, check_operators, save_graph, widen_for_cpu
 from .models import ResolvedModel
 from .source import Source, convert_weights, open_source
@@ -49,6 +51,7 @@ class ExportRequest:
     """What to export. ``random_seed`` replaces the model's weights by random ones of its geometry.
 
     ``parity_inputs`` is ``full`` or ``quick``; by default quick for models that take minutes for each input.
+    ``freeze`` names sides to write a graph frozen at each budget for, beside the one that serves them all.
     """
 
     model: ResolvedModel
@@ -58,6 +61,7 @@ class ExportRequest:
     parity: bool = True
     random_seed: int | None = None
     parity_inputs: str | None = None
+    freeze: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         geometry = self.model.geometry
@@ -146,10 +150,15 @@ def write_graphs(
     folder: Path,
     stage: Callable[[str], object],
 ) -> None:
-    """Trace and save both graphs; beside a bf16 or fp16 one, its float32 twin for ONNX Runtime's CPU provider."""
-    for name, trace in ((VISION, trace_vision), (LANGUAGE, trace_language)):
+    """Trace and save both graphs and the frozen ones; beside a bf16 or fp16 one, its float32 twin for the CPU."""
+    frozen = {
+        frozen_name(side, vectors): partial(trace_frozen, side=side, vectors=vectors)
+        for side in request.freeze
+        for vectors in sorted({getattr(budget, side) for budget in request.budgets})
+    }
+    for name, trace in {VISION: trace_vision, LANGUAGE: trace_language, **frozen}.items():
         stage(f"tracing {name}")
-        model = trace(checkpoint.geometry, request.precision)
+        model = trace(checkpoint.geometry, precision=request.precision)
         attach_weights(model, refs)
         check_operators(model)
         save_graph(model, folder / name)

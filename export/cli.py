@@ -11,6 +11,7 @@ from typing import Any
 from metaembed.runtime.budget import parse_budgets
 from metaembed.runtime.command import Parser, byte_bar, progress, run_command
 from metaembed.runtime.devices import DEVICES, find_device
+from metaembed.runtime.golden import SIDES
 from metaembed.runtime.manifest import Limits
 from metaembed.runtime.plan import make_plan
 from metaembed.runtime.plan_report import describe, describe_fits
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="also build TensorRT engines: a100, orin, l4 ...; repeatable",
     )
     add("--dry-run", action="store_true", help="check the request and print what it takes; write nothing")
+    add("--freeze", action="append", choices=SIDES, help="also a language graph with this side's budgets built in")
     add("--parity", choices=("full", "quick"), help="inputs to judge on (default: full; quick from 1e9 parameters on)")
     add("--no-parity", action="store_true", help="skip the comparison with Hugging Face; the bundle says 'unverified'")
     parser.add_common()
@@ -95,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         parity=not args.no_parity,
         random_seed=args.random_weights,
         parity_inputs=args.parity,
+        freeze=args.freeze or (),
     )
     check = export_bundle(request, output, force=args.force, progress=TerminalProgress(quiet=args.quiet))
     if check is not None and not args.quiet:

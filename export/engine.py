@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,26 +18,26 @@ from pathlib import Path
 from typing import Any
 
 from metaembed.runtime.engines import BUILD_RECORD, ENGINES_FORMAT, ENGINES_VERSION, engines_folder
-from metaembed.runtime.errors import MetaEmbedError, UsageError
+from metaembed.runtime.errors import UsageError
 from metaembed.runtime.manifest import Bundle, FileRecord, Manifest, record_files, save_manifest
 
 from .engine_commands import polygraphy_command, trtexec_command
-from .preflight import Preflight, gib
+from .engine_process import Event, run_worker
+from .preflight import Preflight
 from .profiles import SCORER, EngineSpec
-
-Event = dict[str, Any]
-POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """One finished plan and what building it took. ``peak_memory`` is anonymous, in bytes, None where it is unknown."""
+    """One finished plan and what building it took. In bytes, None where unknown: ``peak_memory`` (anonymous)
+    of the builder, ``activations`` as the builder states them for its largest profile."""
 
     spec: EngineSpec
     record: FileRecord
     version: str
     seconds: float
     peak_memory: int | None
+    activations: int | None
     details: Event
 
     def to_json(self, preflight: Preflight) -> dict[str, Any]:
@@ -52,6 +49,7 @@ class BuiltEngine:
             "sha256": self.record.sha256,
             "seconds": round(self.seconds, 2),
             "peak_memory_bytes": self.peak_memory,
+            "activation_bytes": self.activations,
             "layers": self.details["layers"],
             "tensors": self.details["tensors"],
             "profiles": [profile.to_json() for profile in self.spec.profiles],
@@ -119,11 +117,12 @@ def _build(
         "tf32": spec.graph == SCORER,  # it widens bf16, which TensorFloat-32 holds exactly
         "log": str(log.resolve()),
     }
-    start = time.monotonic()
+    start, read_from = time.monotonic(), log.stat().st_size
     events, peak = run_worker(order, preflight.flavour, lambda event: on_event(spec.name, event))
-    done = events["done"]
+    seconds = time.monotonic() - start
+    activations = read_activations(log.read_bytes()[read_from:].decode(errors="replace"))
     return BuiltEngine(
-        spec, FileRecord.of(plan), events["started"]["version"], time.monotonic() - start, peak, details=done
+        spec, FileRecord.of(plan), events["started"]["version"], seconds, peak, activations, events["done"]
     )
 
 
@@ -135,104 +134,10 @@ def timing_cache_path(preflight: Preflight) -> Path:
     return folder / f"{preflight.flavour}-{preflight.version}-sm{preflight.device.capability_text}.timing"
 
 
-def run_worker(order: Event, flavour: str, on_event: Callable[[Event], None]) -> tuple[dict[str, Event], int | None]:
-    """Run one worker to its end: the last event of each kind, and the peak of its anonymous memory in bytes.
-
-    Raises:
-        MetaEmbedError: it failed; the sentence holds the builder's first error, or that memory ran out.
-    """
-    environment = {
-        **os.environ,
-        "POLYGRAPHY_USE_TENSORRT_RTX": "1" if flavour == "tensorrt_rtx" else "0",
-        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-    }
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "metaembed.export.engine_worker"],
-        cwd=Path(order["plan"]).parent,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    assert worker.stderr is not None
-    last: dict[str, Event] = {}
-    try:
-        with MemoryWatch(worker.pid) as watch:
-            worker.stdin.write(json.dumps(order))
-            worker.stdin.close()
-            for line in worker.stdout:
-                event = json.loads(line)
-                last[event["event"]] = event
-                on_event(event)
-            code = worker.wait()
-    finally:
-        worker.kill()
-        early = worker.stderr.read()  # only what failed before the log took over: an import
-        worker.wait()
-    if code != 0 or "done" not in last:
-        raise MetaEmbedError(_failure(code, last, early, Path(order["log"]), watch.peak))
-    return last, watch.peak
-
-
-class MemoryWatch:
-    """The peak of a process's anonymous memory, sampled from outside while it runs (Linux; elsewhere None).
-
-    Anonymous, because mapped weight files can be dropped by the system at any time and what must fit is the rest.
-    """
-
-    def __init__(self, pid: int) -> None:
-        self._status = Path(f"/proc/{pid}/status")
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self.peak: int | None = None
-
-    def __enter__(self) -> MemoryWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            try:
-                status = self._status.read_text(encoding="ascii")
-            except OSError:
-                return
-            for line in status.splitlines():
-                if line.startswith("RssAnon:"):
-                    self.peak = max(self.peak or 0, int(line.split()[1]) * 1024)
-
-
-def _failure(code: int, events: dict[str, Event], early: str, log: Path, peak: int | None) -> str:
-    """One sentence about why a worker did not deliver."""
-    if code == -signal.SIGKILL:
-        used = f" at {gib(peak)}" if peak else ""
-        return (
-            f"the builder was killed{used}, most likely because memory ran out; close other programs, add swap, "
-            f"or export with fewer --max-image-tokens"
-        )
-    if code < 0:
-        return f"the builder crashed ({signal.Signals(-code).name}); its log is {log}"
-    if early and "failed" not in events and "started" not in events:
-        return f"the builder could not start: {early.strip().splitlines()[-1]}"
-    return f"the builder refused the graph: {_first_error(log) or events.get('failed', {}).get('reason')}; log: {log}"
-
-
-NODE_DUMP = ("Begin node", "End node", "While parsing")  # the parser prints the node that it failed at, line by line
-
-
-def _first_error(log: Path) -> str | None:
-    """The first error of a Polygraphy log that says something, without its marker."""
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        text = line.strip()
-        if text.startswith("[E]") and not any(part in text for part in NODE_DUMP):
-            return text.removeprefix("[E]").strip().rstrip(".!")
-    return None
+def read_activations(lines: str) -> int | None:
+    """The largest activation memory that the builder's log states, in bytes: one line for each profile."""
+    found = re.findall(r"Total Activation Memory: (\d+) bytes", lines)
+    return max(map(int, found), default=None)
 
 
 def _describe(manifest: Manifest, preflight: Preflight, built: list[BuiltEngine]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,6 +18,10 @@ TEXTS = (
     "def maxsim(q, c):\n    return (q @ c.T).max(-1).sum()\n",
     "naïve café, e\u0301lan, 1,234.56 €;   three   spaces and a\ttab",
     " and ".join(["a red umbrella", "a blue anchor", "a green star"] * 8),
+)
+
+LETTERS = (
+    "abcdefgh"  # one token each: they stand in for texts over the limit, so that there is always enough to compare
 )
 
 # (width, height) in pixels. 28 x 28 and the strips are the thinnest that Qwen makes; the rest are small, tall and wide,
@@ -41,32 +45,47 @@ QUICK_TEXTS = ("a red umbrella", "x", "two anchors", "図", "1,234.56 €", "м�
 QUICK_SIDE = 448  # pixels of the largest page: 256 tokens
 
 
-def quick_items(side: str, max_image_tokens: int) -> list[GoldenItem]:
+def any_text(text: str) -> bool:
+    """No limit."""
+    return True
+
+
+def quick_items(side: str, max_image_tokens: int, text_fits: Callable[[str], bool] = any_text) -> list[GoldenItem]:
     """The fewest inputs that say something of texts, images and pairs, small ones first: for models that take minutes.
 
     Two queries of a text; of candidates one more than the ten that a ranking compares.
     """
-    seed, texts = (0, QUICK_TEXTS[:2]) if side == "query" else (1000, QUICK_TEXTS)
+    seed, count = (0, 2) if side == "query" else (1000, len(QUICK_TEXTS))
+    texts = _fitting(QUICK_TEXTS[:count], text_fits)
     largest = min(QUICK_SIDE, int(np.sqrt(max_image_tokens)) * 28)
+    small = min(56, largest)
     return [
         *(GoldenItem(text=text) for text in texts),
-        GoldenItem(QUICK_TEXTS[0], draw_page(seed, (56, 56))),
+        GoldenItem(texts[0], draw_page(seed, (small, small))),
         GoldenItem(image=draw_page(seed + 1, (largest, largest))),
     ]
 
 
-def golden_items(side: str, max_image_tokens: int, sizes: Sequence[tuple[int, int]] = IMAGE_SIZES) -> list[GoldenItem]:
-    """Texts, images and pairs for one side; the last image is the largest that the limit allows."""
+def golden_items(side: str, max_image_tokens: int, text_fits: Callable[[str], bool] = any_text) -> list[GoldenItem]:
+    """Texts, images and pairs for one side; the last image is the largest that the limit allows.
+
+    Whatever the limits, there are more than ten items and some of each kind.
+    """
     largest = int(np.sqrt(max_image_tokens)) * 28
-    fitting = [size for size in sizes if _units(size) <= max_image_tokens]
+    fitting = [size for size in IMAGE_SIZES if _units(size) <= max_image_tokens]
     seed = 0 if side == "query" else 1000
     images = [draw_page(seed + place, size) for place, size in enumerate([*fitting, (largest, largest)])]
-    texts = [GoldenItem(text=text) for text in TEXTS]
+    texts = _fitting(TEXTS, text_fits)
     pairs = [
-        GoldenItem(TEXTS[place % len(TEXTS)], draw_page(seed + 500 + place, size))
+        GoldenItem(texts[place % len(texts)], draw_page(seed + 500 + place, size))
         for place, size in enumerate(fitting[::3])
     ]
-    return [*texts, *(GoldenItem(image=image) for image in images), *pairs]
+    return [*map(GoldenItem, texts), *(GoldenItem(image=image) for image in images), *pairs]
+
+
+def _fitting(texts: Sequence[str], fits: Callable[[str], bool]) -> list[str]:
+    kept = [text for text in texts if fits(text)]
+    return [*kept, *LETTERS[: len(texts) - len(kept)]]
 
 
 def draw_page(seed: int, size: tuple[int, int]) -> Image.Image:

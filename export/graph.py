@@ -10,14 +10,7 @@ import onnx_ir as ir
 from onnxscript import optimizer
 
 from metaembed.runtime.errors import BundleError
-
-# Every operator a default graph may hold. All are in the ONNX-TensorRT 10.3 operator table
-# (github.com/onnx/onnx-tensorrt/blob/release/10.3-GA/docs/operators.md), the parser that JetPack 6.2 ships.
-ALLOWED_OPERATORS = frozenset(
-    "Add And Cast Clip Concat Constant Cos Div Erf Expand Gather GreaterOrEqual Greater Identity LessOrEqual Less MatMul Max Min "
-    "Mul Neg Not Pow Range Reciprocal ReduceMean ReduceSum Reshape Shape Sigmoid Sin Slice Softmax Sqrt Squeeze Sub Transpose "
-    "Unsqueeze Where".split()
-)
+from metaembed.runtime.structure import OPERATORS as ALLOWED_OPERATORS
 
 
 @dataclass(frozen=True)
@@ -140,8 +133,8 @@ def check_operators(model: ir.Model, allowed: frozenset[str] = ALLOWED_OPERATORS
 
 def save_graph(model: ir.Model, path: Path) -> None:
     """Write the graph, without torch's metadata (stack traces, paths); weights stay where they are."""
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
+    for owner in (model, model.graph, *model.graph.all_nodes()):
+        owner.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     ir.save(model, path)

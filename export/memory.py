@@ -19,17 +19,19 @@ from .profiles import SCORER, EngineSpec
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 GIB = 1 << 30
 
-# Kernels and metadata that a plan holds beside its weights, per transformer block and profile. TensorRT-RTX 1.7.1, four
-# blocks, sm_80 and bf16: 1.09 MB a profile and block of the language graph, 0.96 MB of the vision graph.
-PLAN_BYTES_PER_BLOCK = 1.1e6
-# Peak anonymous memory of a TensorRT-RTX build over the plan's bytes: 1.64 for a 3B bf16 language graph (7.52 GB plan).
-RTX_BUILD_FACTOR, RTX_BUILD_BASE = 1.64, 0.35 * GIB
+# Kernels and metadata that a plan holds beside its weights, for each profile: 0.67-0.83 MB per transformer block of a 3B
+# model and 1.2 MB more, which is what shows in the demo. TensorRT-RTX 1.7.1, sm_80, bf16.
+PLAN_BYTES_PER_BLOCK, PLAN_BYTES_PER_PROFILE = 0.8e6, 1.2e6
+# Peak anonymous memory of a TensorRT-RTX build: 1.73 times the plan for both graphs of a 3B bf16 model (10.78 GB for 6.23,
+# 2.35 GB for 1.36), 0.22 GiB for next to nothing (the demo).
+RTX_BUILD_FACTOR, RTX_BUILD_BASE = 1.73, 0.22 * GIB
 # TensorRT on a device times kernels with the weights loaded. Reports from Jetson builders: 3-4 times the parameters
 # (github.com/NVIDIA/TensorRT-Edge-LLM issue 30). Not measured by us.
 TRT_BUILD_FACTOR, TRT_BUILD_BASE = 3.5, 1.0 * GIB
-# Activation memory of the language graph at 7B width: 135 KB for each position of b * t (TensorRT-RTX), that is 7.1
-# bytes for each of the 18,944 intermediate values.
-ACTIVATION_BYTES_PER_VALUE = 7.1
+# Activation memory that TensorRT-RTX reports for 3B bf16, per position (b * t, or patches) and value of the MLP's width:
+# 1.117 GB for 12,736 and 0.584 GB for 6,624 positions x 11,008; 2.039 GB for 57,856 patches x 3,420.
+# The demo in fp32: 13.54 GB for 8 images of 7,232 patches, 13.39 of which are attention scores.
+ACTIVATION_BYTES = {LANGUAGE: 8.0, VISION: 10.3}
 SERVING_BASE = 0.6 * GIB  # CUDA context, TensorRT, Python
 
 
@@ -83,13 +85,14 @@ def estimate_build(manifest: Manifest, engines: Iterable[EngineSpec], flavour: s
     weights = {name: part.bytes(manifest.precision, kind) for name, part in count_weights(geometry).items()}
     blocks = {"vision": geometry.vision.depth, "language": geometry.text.layers}
     plans = [
-        weights.get(part, 0) + int(PLAN_BYTES_PER_BLOCK * blocks.get(part, 1) * len(engine.profiles))
+        weights.get(part, 0)
+        + int(len(engine.profiles) * (PLAN_BYTES_PER_BLOCK * blocks.get(part, 1) + PLAN_BYTES_PER_PROFILE))
         for engine, part in ((engine, Path(engine.graph).stem) for engine in engines)
     ]
     factor, base = (
         (RTX_BUILD_FACTOR, RTX_BUILD_BASE) if flavour == "tensorrt_rtx" else (TRT_BUILD_FACTOR, TRT_BUILD_BASE)
     )
-    activations = int(max(_activation_bytes(geometry, engine) for engine in engines))
+    activations = int(max(_activation_bytes(manifest, engine) for engine in engines))
     return Estimate(
         weights=sum(weights.values()),
         plans=sum(plans),
@@ -99,16 +102,20 @@ def estimate_build(manifest: Manifest, engines: Iterable[EngineSpec], flavour: s
     )
 
 
-def _activation_bytes(geometry: Geometry, engine: EngineSpec) -> float:
+def _activation_bytes(manifest: Manifest, engine: EngineSpec) -> float:
     """Of the largest shape that any profile of the engine allows."""
     if engine.graph == SCORER:  # the widened candidates
         return max(4.0 * prod(profile.ranges["candidates"].max) for profile in engine.profiles)
-    name, width = {
-        VISION: ("patch_mask", geometry.vision.intermediate),
-        LANGUAGE: ("mask", geometry.text.intermediate),
-    }[engine.graph]
-    positions = max(prod(profile.ranges[name].max) for profile in engine.profiles)  # all patches, or b * t
-    return positions * width * ACTIVATION_BYTES_PER_VALUE
+    part = manifest.geometry.vision if engine.graph == VISION else manifest.geometry.text
+    name = "patch_mask" if engine.graph == VISION else "mask"
+    width = part.intermediate * BYTES[manifest.precision] / 2 * ACTIVATION_BYTES[engine.graph]
+    shapes = [profile.ranges[name].max for profile in engine.profiles]  # (i, w, 64) or (b, t)
+    return max(prod(shape) * width + _score_bytes(manifest, part.heads, shape) for shape in shapes)
+
+
+def _score_bytes(manifest: Manifest, heads: int, shape: tuple[int, ...]) -> float:
+    """Attention scores before and after the softmax. Only in fp32: bf16 and fp16 attention is fused and keeps none."""
+    return 2 * 4.0 * heads * shape[0] * prod(shape[1:]) ** 2 if manifest.precision == "fp32" else 0.0
 
 
 def available_memory() -> int | None:

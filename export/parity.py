@@ -34,11 +34,9 @@ def write_goldens(
 ) -> None:
     """Encode golden inputs (``full`` or ``quick``) with the reference; store them at the largest budget of each side."""
     for side in SIDES:
-        items = [
-            item
-            for item in INPUTS[inputs](side, limits.image_tokens)
-            if item.text is None or reference.count_tokens(item.text) <= limits.text_tokens
-        ]
+        items = INPUTS[inputs](
+            side, limits.image_tokens, lambda text: reference.count_tokens(text) <= limits.text_tokens
+        )
         batches = _batches(items, together=reference.streamed)
         embeddings = [reference.encode(side, batch) for batch in track(batches, f"reference, {side}")]
         most = max(getattr(budget, side) for budget in budgets)

@@ -170,7 +170,8 @@ def _memory_problems(
 
 
 def _savings(manifest: Manifest, last: str) -> str:
-    options = [] if manifest.quantization else ["quantise to INT8 (metaembed-calibrate --quantize int8)"]
+    options = ["export with --precision bf16 or fp16"] if manifest.precision == "fp32" else []
+    options += [] if manifest.quantization else ["quantise to INT8 (metaembed-calibrate --quantize int8)"]
     options += ["export with fewer --max-image-tokens", "use --layout separate with one --side", last]
     return f"options: {', '.join(options)}"
 

@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2_5_VLModel
+from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as hf_logging
 
 from metaembed.runtime.golden import GoldenItem
 
 from .source import Source
-from .streamed import needs_streaming, open_streamed
+from .streamed import needs_streaming, open_loaded, open_streamed
 
 Floats = NDArray[np.float32]
 
@@ -38,10 +38,8 @@ class Reference:
         hf_logging.set_verbosity_error()  # it reports prompt_embed_tokens as an unexpected key
         hf_logging.disable_progress_bar()
         self.streamed = needs_streaming(source.checkpoint)
-        if self.streamed:
-            self.model = open_streamed(source.folder, source.checkpoint)
-        else:
-            self.model = Qwen2_5_VLModel.from_pretrained(source.folder, dtype=torch.float32).eval()
+        open_model = open_streamed if self.streamed else open_loaded
+        self.model = open_model(source.folder, source.checkpoint)
         self.tokenizer = AutoTokenizer.from_pretrained(source.asset("tokenizer.json").parent)
         self.images = Qwen2VLImageProcessorPil.from_pretrained(source.asset("preprocessor_config.json").parent)
         limit = min(self.images.size["longest_edge"], max_image_tokens * 28 * 28)

@@ -60,7 +60,7 @@ def write_checkpoint(
         for name, shard in shards.items():
             _write_shard(partial / name, shard, pieces, advance)
         if len(shards) > 1:
-            (partial / "model.safetensors.index.json").write_text(json.dumps(_index(shards), indent=2) + "\n")
+            (partial / "model.safetensors.index.json").write_text(json.dumps(shard_index(shards), indent=2) + "\n")
 
 
 def split_shards(specs: Mapping[str, TensorSpec], shard_bytes: float) -> dict[str, dict[str, TensorSpec]]:
@@ -78,7 +78,8 @@ def split_shards(specs: Mapping[str, TensorSpec], shard_bytes: float) -> dict[st
     return {f"model-{k:05}-of-{len(shards):05}.safetensors": shard for k, shard in enumerate(shards, 1)}
 
 
-def _index(shards: Mapping[str, Mapping[str, TensorSpec]]) -> dict[str, Any]:
+def shard_index(shards: Mapping[str, Mapping[str, TensorSpec]]) -> dict[str, Any]:
+    """The content of model.safetensors.index.json."""
     total = sum(spec.nbytes for shard in shards.values() for spec in shard.values())
     weight_map = {name: file for file, shard in shards.items() for name in shard}
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -86,7 +87,7 @@ def _index(shards: Mapping[str, Mapping[str, TensorSpec]]) -> dict[str, Any]:
 
 def _write_shard(path: Path, specs: Mapping[str, TensorSpec], pieces: Pieces, advance: Advance) -> None:
     with path.open("wb") as file:
-        file.write(_header(specs))
+        file.write(shard_header(specs))
         for name, spec in specs.items():
             written = 0
             for piece in pieces(name):
@@ -96,7 +97,8 @@ def _write_shard(path: Path, specs: Mapping[str, TensorSpec], pieces: Pieces, ad
                 raise ValueError(f"{name}: {written} bytes were produced for a tensor of {spec.nbytes}")
 
 
-def _header(specs: Mapping[str, TensorSpec]) -> bytes:
+def shard_header(specs: Mapping[str, TensorSpec]) -> bytes:
+    """What a safetensors file begins with; the tensors' data follow in this order."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, spec in specs.items():

@@ -38,6 +38,18 @@ def available_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
+def open_loaded(folder: Path, checkpoint: Checkpoint) -> Qwen2_5_VLModel:
+    """``Qwen2_5_VLModel`` in float32, all weights in memory.
+
+    Not by ``from_pretrained``: where ``model.*`` lies beside ``prompt_embed_tokens`` and ``custom_text_proj``, as
+    training writes them, it leaves weights random and only warns (transformers 5.23). Here every name must match.
+    """
+    model = _open_empty(folder)
+    weights = {name: _read(checkpoint, name) for name in model.state_dict()}
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
 def open_streamed(folder: Path, checkpoint: Checkpoint) -> Qwen2_5_VLModel:
     """``Qwen2_5_VLModel`` in float32 whose memory is that of its largest layer.
 
@@ -45,13 +57,22 @@ def open_streamed(folder: Path, checkpoint: Checkpoint) -> Qwen2_5_VLModel:
         folder: has the config.json that HF reads.
         checkpoint: where each tensor lies, by the names of ``Qwen2_5_VLModel``.
     """
-    with torch.device("meta"):
-        model = Qwen2_5_VLModel(Qwen2_5_VLConfig.from_pretrained(folder))
+    model = _open_empty(folder)
     model.language_model.embed_tokens = StoredTable(checkpoint)
-    _restore_buffers(model)
     for name, module in _units(model):
         _stream(module, name, checkpoint)
     return model.eval()
+
+
+def _open_empty(folder: Path) -> Qwen2_5_VLModel:
+    with torch.device("meta"):
+        model = Qwen2_5_VLModel(Qwen2_5_VLConfig.from_pretrained(folder))
+    _restore_buffers(model)
+    return model
+
+
+def _read(checkpoint: Checkpoint, name: str) -> Tensor:
+    return torch.from_numpy(checkpoint.read(name).astype(np.float32))
 
 
 class StoredTable(nn.Module):
@@ -89,8 +110,7 @@ def _stream(module: nn.Module, name: str, checkpoint: Checkpoint) -> None:
     empty = module.state_dict()
 
     def load(*_: object) -> None:
-        weights = {key: checkpoint.read(f"{name}.{key}").astype(np.float32) for key in empty}
-        module.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()}, assign=True)
+        module.load_state_dict({key: _read(checkpoint, f"{name}.{key}") for key in empty}, assign=True)
 
     def drop(*_: object) -> None:
         module.load_state_dict(empty, assign=True)

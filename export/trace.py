@@ -27,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Arguments = dict[str, tuple[tuple[str | int, ...], torch.dtype]]
 
 # Sizes used while tracing: all different and above 1, so that no two dynamic axes are taken for one, or for a constant.
-EXAMPLE = {"i": 2, "w": 3, "b": 5, "t": 23, "m": 32, "r": 7}
+EXAMPLE = {"i": 2, "w": 3, "b": 5, "t": 23, "p": 23, "m": 32, "r": 7}
 
 
 def trace_vision(geometry: Geometry, precision: str = "fp32", opset: int = DEFAULT_OPSET) -> ir.Model:
@@ -45,11 +45,15 @@ def trace_vision(geometry: Geometry, precision: str = "fp32", opset: int = DEFAU
 
 def trace_language(geometry: Geometry, precision: str = "fp32", opset: int = DEFAULT_OPSET) -> ir.Model:
     """The language graph of CONTRIBUTING.md, optimised; it serves both sides and every budget."""
+    return repeat_decoder(geometry, lambda shallow: trace_whole_language(shallow, precision, opset))
+
+
+def repeat_decoder(geometry: Geometry, trace: Callable[[Geometry], ir.Model]) -> ir.Model:
+    """Trace a shallow decoder and copy its middle layer."""
     layers = geometry.text.layers
     if layers <= TRACED_LAYERS:
-        return trace_whole_language(geometry, precision, opset)
-    text = replace(geometry.text, layers=TRACED_LAYERS)
-    model = trace_whole_language(replace(geometry, text=text), precision, opset)
+        return trace(geometry)
+    model = trace(replace(geometry, text=replace(geometry.text, layers=TRACED_LAYERS)))
     repeat_layers(model, "language_model.layers", [0, *[1] * (layers - 2), 2])  # the last computes the answer rows only
     return model
 
@@ -61,7 +65,7 @@ def trace_whole_vision(geometry: Geometry, precision: str = "fp32", opset: int =
         "patch_positions": (("i", "w", PATCHES, 2), torch.int64),
         "patch_mask": (("i", "w", PATCHES), torch.bool),
     }
-    return _trace(
+    return trace_module(
         lambda: VisionEncoder(geometry),
         arguments,
         "image_embeddings",
@@ -82,30 +86,35 @@ def trace_whole_language(geometry: Geometry, precision: str = "fp32", opset: int
         "mask": (("b", "t"), torch.bool),
         "rows": (("r",), torch.int64),
     }
-    return _trace(
+    return trace_module(
         lambda: LanguageEncoder(geometry), arguments, "embeddings", text_constants(geometry.text), dtype, opset
     )
 
 
-def _trace(
+def trace_module(
     build: Callable[[], nn.Module],
     arguments: Arguments,
     output: str,
     constants: dict[str, Tensor],
     dtype: torch.dtype,
     opset: int,
+    added: int = 0,
 ) -> ir.Model:
+    """Trace a module under fake tensors and optimise it; the axis ``t`` is ``added`` longer than the axis ``p``."""
     axes = {axis: torch.export.Dim(axis) for shape, _ in arguments.values() for axis in shape if isinstance(axis, str)}
+    if "p" in axes:
+        axes["t"] = axes["p"] + added
     dynamic = {
         name: {place: axes[axis] for place, axis in enumerate(shape) if isinstance(axis, str)}
         for name, (shape, _) in arguments.items()
     }
+    sizes = EXAMPLE | {"t": EXAMPLE["t"] + added}
     with _quiet(), FakeTensorMode():
         module = build().eval().requires_grad_(False)
         for parameter in module.parameters():  # not module.to(dtype), which would round the rotary frequencies
             parameter.data = parameter.data.to(dtype)
         example = tuple(
-            torch.zeros([EXAMPLE.get(axis, axis) for axis in shape], dtype=kind) for shape, kind in arguments.values()
+            torch.zeros([sizes.get(axis, axis) for axis in shape], dtype=kind) for shape, kind in arguments.values()
         )
         program = torch.onnx.export(
             module,

@@ -27,7 +27,7 @@ enum { DONE, NO_MEMORY, NO_KERNEL };
 enum {
     LINE = 64,        /* bytes of a cache line */
     CHUNK = 32,       /* dims in one step: a line of bf16 */
-    FEW = 4,          /* up to this many query vectors, lanes are dims; beyond, lanes are query vectors */
+    FEW_TALL = 4,     /* query vectors in a tile of few rows, at most */
     FEW_WIDE = 6,     /* candidate vectors in a tile of few rows, at most */
     MANY_SUMS = 12,   /* sums in a tile of many rows: with 2 query registers and 2 spare, the 16 of AVX2 */
     FLAT = 12,        /* candidate vectors handled together: a multiple of every tile's width */
@@ -45,8 +45,9 @@ typedef struct {
 } Group;
 
 typedef struct {
-    const float *packed;  /* rows <= FEW: [chunks][rows][CHUNK]; else [rows / width][chunks * CHUNK][width]; zero-padded */
-    int64_t rows;         /* queries * vectors rounded up to 1, 2, 4 or a multiple of the width */
+    const float *packed;  /* few: [rows / tall][chunks][tall][CHUNK]; else [rows / width][chunks * CHUNK][width] */
+    int64_t few;          /* lanes are dims: for few rows. Else lanes are query vectors */
+    int64_t rows;         /* queries * vectors rounded up to 1, 2, a multiple of FEW_TALL, or one of the width */
     int64_t queries, vectors, dims;
     const Group *groups;
     int64_t group_count;
@@ -114,7 +115,7 @@ EXPORT int metaembed_vector_width(void) { return 4; }
 #endif
 
 /* Raised with every change of the structures above: maxsim_native.py leaves a library of another version alone. */
-EXPORT int metaembed_interface(void) { return 1; }
+EXPORT int metaembed_interface(void) { return 3; }
 
 /* Scores items first..last-1; safe to call from many threads on disjoint ranges. */
 EXPORT int metaembed_maxsim(int storage, const Task *task, int64_t first, int64_t last) {

@@ -13,7 +13,8 @@ typedef int8_t vs __attribute__((vector_size(WIDTH), aligned(1), may_alias));
 
 /* What a range of items needs beside its input and output. */
 typedef struct {
-    int64_t rows;   /* as packed: 1, 2, 4 or a multiple of WIDTH */
+    int few;        /* lanes are dims; else lanes are query vectors */
+    int64_t rows;   /* as packed: of few 1, 2 or a multiple of FEW_TALL, else a multiple of WIDTH */
     int64_t stride; /* of `best`: rows, at least 4 */
     vf *sums;       /* few rows: [FLAT][rows] lanes of a sum; many: [FLAT][rows / WIDTH] */
     float *best;    /* [BLOCK_ITEMS][stride] running maxima */
@@ -38,19 +39,28 @@ INLINE vf NAME(low)(const char *chunk, int h) {
     return NAME(widen)(chunk + h * WIDTH);
 }
 
-INLINE vf NAME(high)(const char *chunk, int h) {
+INLINE vf NAME(high)(const char *chunk, int h, const int tight) {
+#if defined(TARGET) && WIDTH == 8 && STORAGE == BF16
+    if (tight) { /* two shifts where a mask would take the sixteenth register of a tile and spill a sum: 1.2 times as fast */
+        vu words = *(const vu *)(chunk + 4 * h * WIDTH) >> 16;
+        __asm__("" : "+x"(words)); /* or the compiler makes it a mask again */
+        return (vf)(words << 16);
+    }
+#endif
     if (STORAGE == F32) return *(const vf *)(chunk + 4 * (h * WIDTH + CHUNK / 2));
     if (STORAGE == BF16) return (vf)(*(const vu *)(chunk + 4 * h * WIDTH) & 0xffff0000u);
     return NAME(widen)(chunk + h * WIDTH + CHUNK / 2);
 }
 
 /* Few rows: lanes are dims. sums[c][m] += products of query vector m and candidate c, lane by lane. */
-INLINE void NAME(few_tile)(const float *query, const char *const *candidates, int64_t chunks, vf *sums, int fresh,
-                           const int tall, const int wide) {
+INLINE void NAME(few_tile)(const float *query, const char *const *candidates, int64_t chunks, vf *sums,
+                           int64_t rows, int fresh, const int tall, const int wide) {
     const char *candidate[FEW_WIDE];
-    vf sum[FEW_WIDE * FEW], part[FEW_WIDE];
-    for (int c = 0; c < wide; c++) candidate[c] = candidates[c];
-    for (int i = 0; i < wide * tall; i++) sum[i] = fresh ? (vf){0} : sums[i];
+    vf sum[FEW_WIDE * FEW_TALL], part[FEW_WIDE];
+    for (int c = 0; c < wide; c++) {
+        candidate[c] = candidates[c];
+        for (int m = 0; m < tall; m++) sum[c * tall + m] = fresh ? (vf){0} : sums[c * rows + m];
+    }
     for (int64_t k = 0; k < chunks; k++, query += tall * CHUNK)
         for (int h = 0; h < CHUNK / 2 / WIDTH; h++) {
             for (int c = 0; c < wide; c++) part[c] = NAME(low)(candidate[c] + k * CHUNK * BYTES, h);
@@ -59,31 +69,38 @@ INLINE void NAME(few_tile)(const float *query, const char *const *candidates, in
                 for (int c = 0; c < wide; c++) sum[c * tall + m] += q * part[c];
             }
             RELOAD;
-            for (int c = 0; c < wide; c++) part[c] = NAME(high)(candidate[c] + k * CHUNK * BYTES, h);
+            for (int c = 0; c < wide; c++) part[c] = NAME(high)(candidate[c] + k * CHUNK * BYTES, h, tall == FEW_TALL);
             for (int m = 0; m < tall; m++) {
                 vf q = *(const vf *)(query + m * CHUNK + h * WIDTH + CHUNK / 2);
                 for (int c = 0; c < wide; c++) sum[c * tall + m] += q * part[c];
             }
             RELOAD;
         }
-    for (int i = 0; i < wide * tall; i++) sums[i] = sum[i];
+    for (int c = 0; c < wide; c++)
+        for (int m = 0; m < tall; m++) sums[c * rows + m] = sum[c * tall + m];
 }
 
 INLINE void NAME(few_tiles)(const float *query, const char *const *candidates, int count, int64_t chunks, vf *sums,
-                            int fresh, const int tall, const int wide) {
+                            int64_t rows, int fresh, const int tall, const int wide) {
     int c = 0;
     for (; c + wide <= count; c += wide)
-        NAME(few_tile)(query, candidates + c, chunks, sums + c * tall, fresh, tall, wide);
-    for (; c < count; c++) NAME(few_tile)(query, candidates + c, chunks, sums + c * tall, fresh, tall, 1);
+        NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, tall, wide);
+    for (; c < count; c++) NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, tall, 1);
 }
 
-static void NAME(few)(const Space *space, const float *query, const char *const *candidates, int count, int64_t chunks,
-                      int fresh, int64_t ahead) {
+static void NAME(few)(const Space *space, const float *query, int64_t query_stride, const char *const *candidates,
+                      int count, int64_t chunks, int fresh, int64_t ahead) {
+    const int64_t rows = space->rows;
+    vf *sums = space->sums;
     for (int c = 0; c < count; c++)
         for (int64_t k = 0; k < chunks * CHUNK * BYTES; k += LINE) __builtin_prefetch(candidates[c] + k + ahead, 0, 2);
-    if (space->rows == 1) NAME(few_tiles)(query, candidates, count, chunks, space->sums, fresh, 1, 6);
-    else if (space->rows == 2) NAME(few_tiles)(query, candidates, count, chunks, space->sums, fresh, 2, 3);
-    else NAME(few_tiles)(query, candidates, count, chunks, space->sums, fresh, FEW, 3);
+    if (rows == 1)
+        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, 1, 6);
+    else if (rows == 2)
+        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, 2, 3);
+    else
+        for (int64_t m = 0; m < rows; m += FEW_TALL, query += query_stride)
+            NAME(few_tiles)(query, candidates, count, chunks, sums + m, rows, fresh, FEW_TALL, 3);
 }
 
 /* Many rows: lanes are query vectors. sums[c][m] += query[m][k] * candidate[c][k] over some dims k. */
@@ -120,7 +137,7 @@ static void NAME(many)(const Space *space, const float *query, int64_t query_str
             __builtin_prefetch(candidates[c] + k * CHUNK * BYTES + ahead, 0, 2);
             for (int h = 0; h < CHUNK / 2 / WIDTH; h++) {
                 *(vf *)&expanded[c][k * CHUNK + h * WIDTH] = NAME(low)(candidates[c] + k * CHUNK * BYTES, h);
-                *(vf *)&expanded[c][k * CHUNK + h * WIDTH + CHUNK / 2] = NAME(high)(candidates[c] + k * CHUNK * BYTES, h);
+                *(vf *)&expanded[c][k * CHUNK + h * WIDTH + CHUNK / 2] = NAME(high)(candidates[c] + k * CHUNK * BYTES, h, 0);
             }
         }
     for (int64_t m = 0; m < stride; m += 2, query += 2 * query_stride)
@@ -133,11 +150,13 @@ static void NAME(many)(const Space *space, const float *query, int64_t query_str
 /* Adds the products of all rows with up to FLAT candidates over some chunks; `ahead`: bytes to where to prefetch. */
 INLINE void NAME(products)(const Task *task, const Space *space, int64_t chunk, int64_t chunks,
                            const char *const *candidates, int count, int64_t ahead) {
-    if (space->rows <= FEW)
-        NAME(few)(space, task->packed + chunk * CHUNK * space->rows, candidates, count, chunks, chunk == 0, ahead);
+    const int64_t tall = space->few ? MIN(space->rows, FEW_TALL) : WIDTH;
+    const float *query = task->packed + chunk * CHUNK * tall;
+    const int64_t stride = (task->dims + CHUNK - 1) / CHUNK * CHUNK * tall;
+    if (space->few)
+        NAME(few)(space, query, stride, candidates, count, chunks, chunk == 0, ahead);
     else
-        NAME(many)(space, task->packed + chunk * CHUNK * WIDTH, (task->dims + CHUNK - 1) / CHUNK * CHUNK * WIDTH,
-                   candidates, count, chunks, chunk == 0, ahead);
+        NAME(many)(space, query, stride, candidates, count, chunks, chunk == 0, ahead);
 }
 
 /* The lanes of four sums added up. */
@@ -152,11 +171,13 @@ INLINE v4 NAME(totals)(vf a, vf b, vf c, vf d) {
 
 /* Folds the finished sums of one candidate into its item's running maxima. */
 INLINE void NAME(fold)(const Space *space, const vf *sums, float scale, float *best, float *poison) {
-    if (space->rows <= FEW) {
-        const int two = space->rows > 1, four = space->rows > 2;
-        v4 dots = NAME(totals)(sums[0], sums[two], sums[2 * four], sums[3 * four]) * scale;
-        *(v4 *)poison += dots - dots;
-        *(v4 *)best = LARGER(dots, *(v4 *)best, v4, v4i);
+    if (space->few) {
+        const int two = space->rows > 1, four = space->rows > 2; /* the lanes of rows that are not there go unread */
+        for (int64_t m = 0; m < space->rows; m += 4, sums += 4, best += 4) {
+            v4 dots = NAME(totals)(sums[0], sums[two], sums[2 * four], sums[3 * four]) * scale;
+            *(v4 *)poison += dots - dots;
+            *(v4 *)best = LARGER(dots, *(v4 *)best, v4, v4i);
+        }
     } else
         for (int64_t m = 0; m < space->rows / WIDTH; m++, best += WIDTH) {
             vf dots = sums[m] * scale;
@@ -192,7 +213,7 @@ static void NAME(flat)(const Task *task, const Space *space, const Group *group,
         for (int c = 0; c < count; c++) tails[c] = memcpy(tail[c], candidates[c], rest * BYTES);
         NAME(products)(task, space, whole, 1, tails, count, 0);
     }
-    const int64_t sums = space->rows <= FEW ? space->rows : space->rows / WIDTH;
+    const int64_t sums = space->few ? space->rows : space->rows / WIDTH;
     for (int c = 0; c < count; c++)
         NAME(fold)(space, space->sums + c * sums, scales[c], space->best + items[c] * space->stride,
                    space->poison + items[c] * WIDTH);
@@ -223,7 +244,7 @@ static int NAME(maxsim)(const Task *task, int64_t first, int64_t last) {
     char *memory = NULL;
     if (posix_memalign((void **)&memory, LINE, sums + best + BLOCK_ITEMS * WIDTH * sizeof(float)))
         return NO_MEMORY;
-    const Space space = {rows, stride, (vf *)memory, (float *)(memory + sums), (float *)(memory + sums + best)};
+    const Space space = {task->few, rows, stride, (vf *)memory, (float *)(memory + sums), (float *)(memory + sums + best)};
     for (int64_t item = first; item < last; item += BLOCK_ITEMS)
         NAME(block)(task, &space, item, MIN(item + BLOCK_ITEMS, last));
     free(memory);

@@ -20,11 +20,14 @@ from .index import Hit, Index, Part, Snapshot
 from .index_filter import parse_filters
 from .index_segment import Rows
 from .maxsim import Floats, prepare, score_groups
+from .screen import may_be_best
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 5  # a search starts again when `compact` removed its survivors' rows; compactions are minutes apart
 # A filter that leaves fewer than this share is scored row by row, else over everything and then applied.
 SELECTIVE = 0.1
+
+WORTH_SCREENING = 0.5  # beyond this share of survivors, scanning all is cheaper than picking
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,28 @@ def _score(
         alive = part.alive
         if pool is not None:
             alive = alive & np.isin(np.arange(part.start, part.end), pool)
-        pieces.append(_contenders(part, *_score_all(index, part, queries, vectors, alive), keep))
+        rows = _screened(index, part, queries, vectors, alive, keep)
+        found = (
+            _score_all(index, part, queries, vectors, alive)
+            if rows is None
+            else _score_rows(index, part, queries, vectors, rows)
+        )
+        pieces.append(_contenders(part, *found, keep))
     return pieces
+
+
+def _screened(
+    index: Index, part: Part, queries: Floats, vectors: int, alive: NDArray[np.bool_], keep: int
+) -> Rows | None:
+    """Rows of a part that may be among its best `keep`, by the screen; None where there is none for so many vectors."""
+    screen = part.segment.screen() if vectors == index.layout.ends[0] else None
+    if screen is None or keep >= alive.sum():
+        return None
+    if len(damaged := part.segment.check_screen()):
+        log.warning("scored without the screen: %s", part.segment.damage(damaged))
+        return None
+    rows = may_be_best(queries[0], screen, np.flatnonzero(alive), keep)
+    return rows if len(rows) < WORTH_SCREENING * part.segment.items else None
 
 
 def _score_rows(index: Index, part: Part, queries: Floats, vectors: int, rows: Rows) -> tuple[Rows, Floats]:

@@ -6,18 +6,22 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
+from .advise import Needs, advise, read_curve
+from .advise_report import describe_advice
 from .budget import parse_budgets
 from .command import Parser, run_command
-from .devices import DEVICES, find_device
+from .devices import DEVICES, Device, find_device
 from .errors import UsageError
-from .plan import find_geometry, make_plan
+from .plan import Plan, find_geometry, make_plan
 from .plan_device import fit_device
 from .plan_report import describe, describe_fits, describe_limits
 
 EPILOG = """examples:
   metaembed-plan --model 7b --candidates 1e8
   metaembed-plan --model 3b --budget 8,16 --device orin-64gb
+  metaembed-plan --model 3b --candidates 1e6 --device orin-64gb --latency-ms 200 --quality-curve quality.jsonl
 
 Everything is arithmetic on the model's geometry; nothing is measured here. Limits on a device are the data sheet's
 peak rates: real engines reach a fraction of them."""
@@ -52,12 +56,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--batch", type=int, default=1, metavar="B", help="largest images encoded at a time (default: 1)")
     add("--device", metavar="NAME", help="one device, with its time limits (default: what fits on every known one)")
+    add("--latency-ms", type=float, metavar="MS", help="advise on --device: the longest that one text query may take")
+    add("--memory-gib", type=float, metavar="GIB", help="advise on --device: the most of its memory to use")
+    add(
+        "--quality-curve",
+        type=Path,
+        metavar="FILE",
+        help="advise on --device: nDCG@5 per budget, as metaembed-bench quality -o writes it",
+    )
+    add("--reached", type=float, default=0.5, metavar="SHARE",
+        help="advise: share of the device's limits that you expect to reach (default: 0.5)")  # fmt: skip
+    add("--survivors", type=int, default=1000, metavar="K", help="advise: what a first stage keeps (default: 1000)")
     add("--json", action="store_true", help="print the whole plan as JSON")
     parser.add_common()
     return run_command(parser, run, argv)
 
 
 def run(args: argparse.Namespace) -> None:
+    wants_advice = args.latency_ms is not None or args.memory_gib is not None or args.quality_curve is not None
+    if wants_advice and not args.device:
+        raise UsageError("advice needs the device it is for: add --device NAME, for example --device orin-64gb")
     devices = [find_device(args.device)] if args.device else list(DEVICES)
     geometry = find_geometry(args.model)
     plan = make_plan(
@@ -68,6 +86,9 @@ def run(args: argparse.Namespace) -> None:
         max_image_tokens=args.max_image_tokens,
         batch=args.batch,
     )
+    if wants_advice:
+        give_advice(plan, devices[0], args)
+        return
     if args.json:
         print(
             json.dumps(plan.to_json() | {"devices": [asdict(fit_device(plan, device)) for device in devices]}, indent=2)
@@ -75,6 +96,16 @@ def run(args: argparse.Namespace) -> None:
         return
     print(describe(plan))
     print(describe_limits(plan, devices[0]) if args.device else describe_fits(plan, devices))
+
+
+def give_advice(plan: Plan, device: Device, args: argparse.Namespace) -> None:
+    curve = read_curve(args.quality_curve) if args.quality_curve else None
+    needs = Needs(args.latency_ms, args.memory_gib, args.reached, args.survivors)
+    advice = advise(plan, device, needs, curve)
+    if args.json:
+        print(json.dumps(advice.chosen and advice.chosen.to_json(), indent=2))
+    else:
+        print(describe_advice(plan, advice, measured=curve is not None), end="")
 
 
 def parse_count(text: str) -> int:

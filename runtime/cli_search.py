@@ -1,4 +1,4 @@
-"""metaembed-search: rank images for a text, an image, or both."""
+"""metaembed-search: rank an index, or a folder of images, for a text, an image, or both."""
 
 from __future__ import annotations
 
@@ -7,51 +7,112 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .command import Parser, progress, run_command
 from .errors import UsageError
 
+if TYPE_CHECKING:
+    from .index import Hit
+
 EPILOG = """examples:
   metaembed-search out "a red umbrella and a blue anchor" --images pages -k 5 --budget 8,16
-  metaembed-search out --image query.png --images pages --json
+  metaembed-search pages.index "a red umbrella" --image query.png --json
+  metaembed-search pages.index "a red umbrella" --cascade 1,1:1000 4,8:100 16,64 --where "year>=2020" lang=en
+
+A cascade scores everything with the vectors of its first stage, R_Q,R_C, and what that keeps with those of the next.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="metaembed-search", description="Rank a folder of images for a query.", epilog=EPILOG)
+    parser = Parser(prog="metaembed-search", description="Rank an index, or a folder of images.", epilog=EPILOG)
     add = parser.add_argument
-    add("bundle", type=Path, help="a folder that metaembed-export wrote")
+    add("source", type=Path, metavar="INDEX|BUNDLE", help="an index, or (with --images) a bundle")
     add("text", nargs="?", help="the query's text")
     add("--image", type=Path, metavar="FILE", help="the query's image, alone or beside the text")
-    add("--images", type=Path, metavar="DIR", required=True, help="the folder to rank")
-    add("-k", type=int, default=10, help="how many results (default: 10)")
-    add("--budget", metavar="R_Q,R_C", help="vectors per query and candidate (default: the largest in the bundle)")
-    add("--json", action="store_true", help="print a list of {rank, id, score}")
+    add("--images", type=Path, metavar="DIR", help="rank this folder of images with a bundle, without an index")
+    add("-k", type=int, default=10, help="how many results (default: %(default)s)")
+    add("--budget", metavar="R_Q,R_C", help="vectors per query and candidate (default: all that there are)")
+    add("--cascade", nargs="+", metavar="STAGE", help="index only: R_Q,R_C:KEEP ... R_Q,R_C (default: by its size)")
+    add(
+        "--where",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="index only: conditions (= != < <= > >=), all to hold",
+    )
+    add("--bundle", type=Path, help="index only: the model's bundle, where it is not where it was at indexing")
+    add("--skip-damaged", action="store_true", help="index only: leave damaged items out, with a warning")
+    add("--json", action="store_true", help="print a list of {rank, id, score} (and payload, where there is one)")
     parser.add_common()
     return run_command(parser, run, argv)
 
 
 def run(args: argparse.Namespace) -> int:
+    from .index_catalogue import CATALOGUE
+
     if args.text is None and args.image is None:
         raise UsageError("no query: give a text, or --image FILE, or both")
+    if (args.source / CATALOGUE).is_file():
+        hits, note = _search_index(args)
+    elif args.images is None:
+        raise UsageError(f"{args.source} is no index; to rank a folder with a bundle, name it with --images DIR")
+    else:
+        hits, note = _rank_folder(args)
+    if args.json:
+        print(json.dumps([_json(hit) for hit in hits], indent=2, ensure_ascii=False))
+        return 0
+    print(f"{'rank':>4}  {'score':>8}  id")
+    for hit in hits:
+        print(f"{hit.rank:>4}  {hit.score:>8.4f}  {hit.id}")
+    if not args.quiet:
+        print(note)
+    return 0
+
+
+def _json(hit: Hit) -> dict[str, object]:
+    return {name: value for name, value in asdict(hit).items() if value is not None}
+
+
+def _rank_folder(args: argparse.Namespace) -> tuple[list[Hit], str]:
+    if args.cascade or args.where or args.bundle or args.skip_damaged:
+        raise UsageError(
+            "--cascade, --where, --bundle and --skip-damaged belong to an index; metaembed-index makes one"
+        )
 
     from .budget import Budget
     from .encoder import Encoder
     from .search import find_images, rank_images
 
     paths = find_images(args.images)
-    with Encoder.open(args.bundle) as encoder:
-        largest = encoder.bundle.manifest.largest
-        budget = Budget.parse(args.budget) if args.budget else largest
+    with Encoder.open(args.source) as encoder:
+        budget = Budget.parse(args.budget) if args.budget else encoder.bundle.manifest.largest
         hits = rank_images(encoder, paths, text=args.text, image=args.image, budget=budget, k=args.k,
                            track=lambda work: progress(work, "encoding", quiet=args.quiet))  # fmt: skip
-        note = f"{len(paths)} images, budget {budget}, {encoder.description}"
-    if args.json:
-        print(json.dumps([asdict(hit) for hit in hits], indent=2))
-        return 0
-    print(f"{'rank':>4}  {'score':>8}  image")
-    for hit in hits:
-        print(f"{hit.rank:>4}  {hit.score:>8.4f}  {hit.id}")
-    if not args.quiet:
-        print(note)
-    return 0
+        return hits, f"{len(paths)} images, budget {budget}, {encoder.description}"
+
+
+def _search_index(args: argparse.Namespace) -> tuple[list[Hit], str]:
+    if args.images is not None:
+        raise UsageError(f"{args.source} is an index; --images goes with a bundle")
+    if args.cascade and args.budget:
+        raise UsageError("give --budget (one stage over everything) or --cascade, not both")
+
+    from .budget import Budget
+    from .cascade import Stage
+    from .encoder import Encoder
+    from .index import Index
+    from .index_build import check_model
+
+    stages = [Stage.parse(text) for text in args.cascade or ()]
+    if args.budget:
+        stages = [Stage(Budget.parse(args.budget))]
+    with Index.open(args.source, skip_damaged=args.skip_damaged) as index:
+        with Encoder.open(args.bundle or index.bundle) as encoder:
+            check_model(encoder, index.fingerprint, args.source)
+            most = max((stage.budget.query for stage in stages), default=None)
+            query = encoder.encode_queries([args.text], images=[args.image], budget=most)[0]
+            description = encoder.description
+        hits = index.search(query, args.k, cascade=stages or None, where=args.where)
+        note = f"{len(index)} items, {'cascade ' + ' '.join(map(str, stages)) if stages else 'default cascade'}"
+    return hits, f"{note}, {description}"

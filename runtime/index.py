@@ -86,10 +86,10 @@ class Snapshot:
 class Index:
     """An open index. Safe to use while another process writes; one object belongs to one thread at a time."""
 
-    def __init__(self, folder: Path, catalogue: Catalogue, *, verify: bool, skip_damaged: bool) -> None:
+    def __init__(self, folder: Path, catalogue: Catalogue, *, verify: bool, skip_damaged: bool, hold: int) -> None:
         self.folder = folder
         self.skip_damaged = skip_damaged
-        self._catalogue, self._verify = catalogue, verify
+        self._catalogue, self._verify, self._hold = catalogue, verify, hold
         about = catalogue.about()
         self.layout = Layout.from_json(json.loads(about["layout"]))
         self.fingerprint, self.bundle = about.get("fingerprint", ""), about.get("bundle", "")
@@ -112,12 +112,14 @@ class Index:
             Catalogue.create(staging, layout, {"fingerprint": fingerprint, "bundle": bundle})
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: bool = True, skip_damaged: bool = False) -> Index:
+    def open(cls, folder: str | Path, *, verify: bool = True, skip_damaged: bool = False, hold: int = 0) -> Index:
         """Open an index for reading.
 
         Args:
             verify: check every item's checksum when it is first read. Without, damage can change answers unseen.
             skip_damaged: serve what is sound and list the rest in ``snapshot().damaged``, rather than refuse.
+            hold: copy the first so many vectors of every item into memory; the rest stays in mapped files, of which the
+                system keeps what it has room for.
 
         Raises:
             UsageError: there is no index. BundleError: it is damaged.
@@ -127,7 +129,7 @@ class Index:
             raise UsageError(f"{folder} is no index: it has no {CATALOGUE}; metaembed-index makes one")
         catalogue = Catalogue(folder)
         try:
-            index = cls(folder, catalogue, verify=verify, skip_damaged=skip_damaged)
+            index = cls(folder, catalogue, verify=verify, skip_damaged=skip_damaged, hold=hold)
             index.snapshot()
         except BaseException:
             catalogue.close()
@@ -234,4 +236,7 @@ class Index:
 
     def _open_segment(self, row: SegmentRow) -> Segment:
         path = self.folder / SEGMENTS / Path(row.name).name
-        return Segment(path, self.layout, row.items, row.checksum, verify=self._verify)
+        segment = Segment(path, self.layout, row.items, row.checksum, verify=self._verify)
+        if self._hold:
+            segment.hold(self._hold)
+        return segment

@@ -32,8 +32,9 @@ def find_damage(folder: Path, layout: Layout, catalogue: Catalogue) -> list[str]
 def _segment_damage(folder: Path, layout: Layout, row: SegmentRow) -> Iterator[str]:
     try:
         segment = Segment(folder / "segments" / row.name, layout, row.items, row.checksum)
-        if len(damaged := segment.check(layout.vectors)):
-            yield str(segment.damage(damaged))
+        for damaged in (segment.check(layout.vectors), segment.check_screen()):
+            if len(damaged):
+                yield str(segment.damage(damaged))
     except (MetaEmbedError, OSError) as error:
         yield str(error)
 

@@ -24,8 +24,6 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT_TYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16, np.dtype(np.float64))
 # Floats in one tile of converted candidates, and in one tile of similarities: 4 MiB each, whatever the number of items.
 TILE_FLOATS = 1 << 20
-# Rows (queries x vectors) from which BLAS over converted tiles is as fast as the kernels, with nothing to compile.
-BLAS_ROWS = 128
 
 
 def maxsim(queries: NDArray[Any], candidates: Vectors, budget: Budget | None = None) -> Floats:
@@ -61,7 +59,7 @@ def score_groups(queries: Floats, groups: Sequence[Vectors], chosen: NDArray[np.
     Raises:
         UsageError: a similarity is NaN or infinite.
     """
-    if not len(queries) or len(queries) * queries.shape[1] >= BLAS_ROWS or not maxsim_native.can_score(groups):
+    if not maxsim_native.can_score(groups):
         return maxsim_reference(queries, groups, chosen)
     scores = maxsim_native.score(queries, groups, chosen)
     finite = np.isfinite(scores).all(axis=0)

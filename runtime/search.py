@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,11 @@ from .budget import Budget
 from .encoder import Encoder
 from .errors import UsageError
 from .images import load_image
+from .index import Hit
 from .maxsim import maxsim
 
 log = logging.getLogger(__name__)
 BATCH = 64
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One result; rank 1 is the best, a higher score is better."""
-
-    rank: int
-    id: str
-    score: float
 
 
 def find_images(folder: Path) -> list[Path]:

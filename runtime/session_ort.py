@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from .errors import BundleError, UsageError
+from .errors import BundleError, MetaEmbedError, UsageError
 from .session import Arrays
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,11 @@ class OrtSession:
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         if self._session is None:
             raise UsageError("this session is closed")
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+        try:
+            outputs = self._session.run(self._outputs, dict(feeds))
+        except Exception as error:  # several unrelated classes, here too
+            raise MetaEmbedError(f"ONNX Runtime failed while running: {_first_line(error)}") from error
+        return dict(zip(self._outputs, outputs, strict=True))
 
     def close(self) -> None:
         self._session = None

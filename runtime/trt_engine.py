@@ -65,6 +65,8 @@ class EngineRunner:
         if self._context is None:
             raise MetaEmbedError("TensorRT could not create an execution context; GPU memory may be short")
         names = [engine.get_tensor_name(place) for place in range(engine.num_io_tensors)]
+        if any(engine.get_tensor_location(name).name != "DEVICE" for name in names):
+            raise MetaEmbedError("this engine wants some input in host memory, which none of ours does; build it again")
         kinds = {name: DTYPES[engine.get_tensor_dtype(name).name] for name in names}
         reads = {name for name in names if engine.get_tensor_mode(name).name == "INPUT"}
         self.inputs = {name: kinds[name] for name in names if name in reads}

@@ -115,3 +115,16 @@ def test_config_ids_are_the_tokenizers():
     named = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
     for key, token in named.items():
         assert config[f"{key}_token_id"] == build_tokenizer().token_to_id(f"<|{token}|>")
+
+
+def test_the_model_card_quotes_the_recorded_measurements():
+    """Expected values: bench/results/demo_quality.jsonl, as `metaembed-bench demo-quality` wrote it."""
+    lines = (Path(__file__).parents[2] / "bench/results/demo_quality.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if (record["model"], record["split"]) == ("MMR", "test")]
+    measured = {(record["budget"], record["queries"]): record["ndcg_at_5"] for record in records}
+    table = [line.strip("| ").split(" | ") for line in (DEMO / "README.md").read_text().splitlines() if line[:1] == "|"]
+    start = next(k for k, row in enumerate(table) if row[0] == "nDCG@5")
+    names = [cell.rpartition(" (")[0] for cell in table[start][1:]]
+    for budget, *cells in table[start + 2 : start + 7]:
+        for name, cell in zip(names, cells, strict=True):
+            assert cell == f"{measured[budget, name]:.3f}", (budget, name)

@@ -45,6 +45,11 @@ def test_equal_seeds_give_equal_splits_and_pages(split):
     assert scenes_queries.make_split("validation", 5, scenes=200, queries=(30, 10, 10)).scenes != split.scenes
 
 
+def test_splits_of_one_seed_draw_different_numbers():
+    drawn = {tuple(scenes.split_generator(name, 5).integers(0, 10**9, 3).tolist()) for name in scenes.SPLITS}
+    assert len(drawn) == 3
+
+
 def test_pages_keep_to_their_sizes_and_hold_their_items(split):
     sizes = {(scene.width, scene.height) for scene in split.scenes}
     assert sum((scene.width, scene.height) == (112, 112) for scene in split.scenes) == 150

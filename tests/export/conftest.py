@@ -18,7 +18,7 @@ from metaembed.export.checkpoint import Checkpoint
 from metaembed.export.graph import WeightRef, attach_weights, save_graph, widen_for_cpu
 from metaembed.export.random_weights import write_random_checkpoint
 from metaembed.runtime.geometry import Geometry
-from metaembed.runtime.layout import candidate_meta_tokens, lay_out_images, lay_out_prompts
+from metaembed.runtime.layout import VisionInputs, candidate_meta_tokens, lay_out_images, lay_out_prompts
 from metaembed.runtime.session_ort import OrtSession
 
 TINY = {
@@ -81,8 +81,7 @@ class Deep:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
-        self.trace = cache(self._trace)
-        self.weights = cache(self._weights)
+        self.trace, self.weights = cache(self._trace), cache(self._weights)
 
     def _trace(self, name: str, precision: str, whole: bool = False):
         return getattr(trace, f"trace_{'whole_' if whole else ''}{name}")(self.geometry, precision)
@@ -90,9 +89,9 @@ class Deep:
     def _weights(self, dtype: str) -> Checkpoint:
         return write_random_checkpoint(self.config, 7, self.folder / dtype, dtype=dtype)
 
-    def save(self, name: str, precision: str, stored: str, *, whole: bool = False) -> Path:
-        """A graph over weights stored in another type, or of its own; for ONNX Runtime, so in float32."""
-        path = self.folder / f"{name}-{precision}-{stored}-{whole}.onnx"
+    def save(self, name: str, precision: str, stored: str, *, whole: bool = False, note: str = "") -> Path:
+        """A graph over weights of its own or another type; for ONNX Runtime, so computing in float32."""
+        path = self.folder / f"{name}-{precision}-{stored}-{whole}{note}.onnx"
         if not path.exists():
             model = self.trace(name, precision, whole).clone()
             attach_weights(model, self.refs(stored))
@@ -107,25 +106,38 @@ class Deep:
             for name, ref in self.weights(stored).tensors.items()
         }
 
-    def encode(self, precision: str, stored: str, *, whole: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Through ONNX Runtime: image embeddings of three images; candidates, they and a text, at r = 5."""
-        vision, language = (OrtSession(self.save(name, precision, stored, whole=whole), threads=1) for name in NAMES)
-        rng = np.random.default_rng(3)
-        pixels = [rng.standard_normal((rows * columns, 1176)).astype(np.float32) for rows, columns in self.grids]
-        inputs = lay_out_images(pixels, self.grids)
-        embedded = vision.run(inputs.feeds())["image_embeddings"]
+    def open(self, name: str, precision: str, stored: str, *, whole: bool = False) -> OrtSession:
+        return OrtSession(self.save(name, precision, stored, whole=whole), threads=1)
+
+    def encode_images(self, vision: OrtSession) -> np.ndarray:
+        """Image embeddings of three images."""
+        return vision.run(self._images().feeds())["image_embeddings"]
+
+    def encode(self, language: OrtSession) -> np.ndarray:
+        """Candidates at r = 5: three images, whose embeddings are made up, and a text."""
+        windows = self._images().patches.shape[1]
+        size = (len(self.grids), windows * 16, self.geometry.text.hidden)
+        embedded = np.random.default_rng(4).standard_normal(size).astype(np.float32)
         grids = [*self.grids, None]
         image, vocab, queries = self.geometry.image_token_id, self.geometry.text.vocab, self.geometry.query_tokens
         prompts = [
             np.array([1, *[image] * (grid[0] * grid[1] // 4 if grid else 0), *range(9, 9 + length)], np.int64)
             for length, grid in enumerate(grids, start=2)
         ]
-        meta = candidate_meta_tokens(vocab, queries, 5)
-        laid = lay_out_prompts(prompts, grids, meta, 5, image_token=image, windows=inputs.patches.shape[1])
-        return embedded, language.run({**laid.feeds(), "image_embeddings": embedded})["embeddings"]
+        laid = lay_out_prompts(
+            prompts, grids, candidate_meta_tokens(vocab, queries, 5), 5, image_token=image, windows=windows
+        )
+        return language.run({**laid.feeds(), "image_embeddings": embedded})["embeddings"]
 
+    def run(self, name: str, precision: str, stored: str, *, whole: bool = False) -> np.ndarray:
+        """What a graph gives through ONNX Runtime."""
+        session = self.open(name, precision, stored, whole=whole)
+        return self.encode_images(session) if name == "vision" else self.encode(session)
 
-NAMES = ("vision", "language")
+    def _images(self) -> VisionInputs:
+        rng = np.random.default_rng(3)
+        pixels = [rng.standard_normal((rows * columns, 1176)).astype(np.float32) for rows, columns in self.grids]
+        return lay_out_images(pixels, self.grids)
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from metaembed.export.cli_build import main as build_command
-from metaembed.export.engine import MemoryWatch, run_worker
 from metaembed.export.engine_commands import trtexec_command
+from metaembed.export.engine_process import MemoryWatch, run_worker
 from metaembed.export.memory import count_weights
 from metaembed.export.profiles import Sizes, plan_engines, scorer_engine
 from metaembed.export.scorer import write_scorer
@@ -104,6 +104,8 @@ def test_estimates_are_recorded_beside_what_was_measured(built):
     measured = [engine["peak_memory_bytes"] for engine in record["engines"]]
     assert all(peak > 50 << 20 for peak in measured), "a process with TensorRT-RTX holds more than this"
     assert 0.5 < record["estimate"]["build_peak"] / max(measured) < 2.5
+    stated = [engine["activation_bytes"] for engine in record["engines"]]
+    assert 0.3 < record["estimate"]["activations"] / max(stated) < 3
     assert 0.5 < record["estimate"]["plans"] / sum(engine["bytes"] for engine in record["engines"]) < 2
 
 
@@ -302,41 +304,3 @@ def test_the_scorer_builds_as_an_engine(tmp_path):
     events, _ = run_worker(order, "tensorrt_rtx", lambda event: None)
     types = {tensor["name"]: tensor["type"] for kind in events["done"]["tensors"].values() for tensor in kind}
     assert types == {"queries": "BF16", "candidates": "BF16", "scores": "FLOAT"}
-
-
-# --- the device kit
-
-
-@pytest.fixture(scope="module")
-def kit(demo_bundle, tmp_path_factory):
-    """A kit for Orin, unpacked in an empty folder."""
-    folder = tmp_path_factory.mktemp("kit")
-    assert build_command([str(demo_bundle), "--target", "orin", "-o", str(folder / "kit"), "--quiet"]) == 0
-    return Path(shutil.move(folder / "kit", tmp_path_factory.mktemp("device") / "kit"))
-
-
-def test_a_kit_holds_all_that_its_one_command_needs(kit):
-    bundle = Bundle.open(kit)
-    record = json.loads((kit / "kit.json").read_text())
-    assert record["command"] == "metaembed-build . --target agx-orin-64gb && metaembed-check ."
-    assert record["jetpacks"]["6.2"] == "10.3.0"
-    assert {"golden/query.safetensors", "golden/candidate.safetensors", LANGUAGE} <= set(bundle.manifest.files)
-    assert not any(name.startswith("engines/") for name in bundle.manifest.files)
-    recipe = (kit / "BUILD.md").read_text()
-    assert record["command"] in recipe
-    assert "JetPack 6.2: TensorRT 10.3.0" in recipe
-    assert all("==" in line for line in (kit / "requirements.txt").read_text().splitlines())
-
-
-def test_the_kits_wheel_installs_and_its_command_runs_there(kit, tmp_path):
-    """pip itself judges the wheel; the command then runs on nothing but what pip installed, and no torch or onnx."""
-    (wheel,) = kit.glob("*.whl")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path)]
-    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
-    block = "import sys; sys.modules.update(dict.fromkeys(('torch', 'onnx', 'onnxruntime', 'transformers'))); "
-    run = "from metaembed.export.cli_build import main; sys.exit(main(['.', '--target', 'orin', '--dry-run']))"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", block + run], cwd=kit, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "can be built for agx-orin-64gb" in done.stdout
-    assert (tmp_path / "bin" / "metaembed-build").exists()

@@ -124,6 +124,9 @@ class FakeEngine:
     def get_tensor_mode(self, name):
         return SimpleNamespace(name="INPUT" if name in self.inputs else "OUTPUT")
 
+    def get_tensor_location(self, name):
+        return SimpleNamespace(name="DEVICE")
+
     def get_tensor_profile_shape(self, name, index):
         span = self._profiles[index].ranges[name]
         return [span.min, span.opt, span.max]

@@ -107,6 +107,17 @@ def test_segments_are_safetensors_files_with_contiguous_groups(folder):
     np.testing.assert_array_equal(stored, np.stack(list(items.values())).astype(ml_dtypes.bfloat16))
 
 
+def test_held_vectors_give_the_same_answers_without_their_file(folder, query):
+    """The bytes of the first groups are overwritten in place after they were copied into memory."""
+    items = fill(folder, 20)
+    with Index.open(folder, hold=4) as index:
+        (path,) = (folder / SEGMENTS).iterdir()
+        with path.open("r+b") as file:
+            file.write(bytes(path.stat().st_size))
+        hits = index.search(query, 5, cascade=[Stage(Budget(3, 4))])
+    assert_same(hits, ranked({id_: item[:4] for id_, item in items.items()}, query, 5))
+
+
 def test_int8_storage_ranks_by_its_codes(tmp_path, query):
     """Brute force over the dequantised codes."""
     Index.create(tmp_path / "index", Layout.for_vectors(D, R, "int8"))

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.parity import TOLERANCES, RankingRecord, Tolerance, compare, compare_rankings, require
+from metaembed.runtime.parity import (
+    TOLERANCES,
+    ParityRecord,
+    RankingRecord,
+    Tolerance,
+    compare,
+    compare_rankings,
+    require,
+)
 
 EXACT, LOOSE = TOLERANCES["fp32"], TOLERANCES["int8"]
 
@@ -94,6 +102,12 @@ def test_nothing_compared_is_a_failure(shape: tuple[int, int, int]):
     record = compare(np.zeros(shape), np.zeros(shape), Tolerance(cosine=-1, overlap=0))
     assert not record
     assert "nothing" in str(record)
+
+
+def test_no_record_of_nothing_passes():
+    """Whatever its numbers say."""
+    assert not ParityRecord(vectors=0, max_abs=0, min_cosine=1, worst=(0, 0), tolerance=LOOSE)
+    assert not RankingRecord(queries=0, ranks=10, overlap=1, tolerance=LOOSE)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 7), (3, 5, 6), (2, 5, 7), (15, 7), (1, 3, 5, 7)])

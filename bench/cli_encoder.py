@@ -1,0 +1,108 @@
+"""``metaembed-bench encoder``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from metaembed.runtime.errors import BundleError, UsageError
+
+SAME = 1e-3  # float32 contestants agree to 1e-6; only another model's weights differ by more
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, nargs="?", help="a folder that metaembed-export wrote; without --rehearse")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", help="what it was exported from, for PyTorch (default: the demo)"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="random weights of a geometry of 402 M parameters instead"
+    )
+    parser.add_argument("--int8", type=Path, metavar="BUNDLE", help="its quantised bundle, one more contestant")
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="NAME", help="leave a contestant out; repeatable"
+    )
+    parser.add_argument("--only", metavar="TEXT", help="only inputs whose name holds this, for example 'text'")
+    parser.add_argument("--rounds", type=int, default=20, help="timed runs of each input (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=2, help="runs before those (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="default: one a core")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="add the records to this JSON lines file")
+
+
+def work(args: argparse.Namespace) -> None:
+    from .encoder import CASES, race
+    from .records import append_records, make_record
+
+    if args.rounds < 1 or args.warmup < 0 or args.threads < 0:
+        raise UsageError("--rounds is at least 1, --warmup and --threads at least 0")
+    cases = [case for case in CASES if args.only is None or args.only in case.name]
+    if not cases:
+        raise UsageError(f"no input is called {args.only!r}; there are {', '.join(case.name for case in CASES)}")
+    with _models(args) as (bundle, checkpoint, model):
+        contestants = [one for one in line_up(args, bundle, checkpoint) if one.name not in args.skip]
+        note = (lambda text: None) if args.quiet else (lambda text: print(f"{text} ...", file=sys.stderr))
+        measured = race(contestants, cases, rounds=args.rounds, warmup=args.warmup, note=note)
+        records = [make_record("encoder", {"model": model, **values}, bundle) for values in measured]
+    print_race(measured)
+    if any(values.get("max_abs_difference", 0) > SAME for values in measured if values["contestant"] != "bundle int8"):
+        raise BundleError("the contestants' vectors differ: --checkpoint is not what the bundle was exported from")
+    if args.output:
+        append_records(args.output, records)
+    print("TensorRT against PyTorch bf16: skipped; it needs an NVIDIA GPU")
+
+
+def line_up(args: argparse.Namespace, bundle: Path, checkpoint: Path) -> list:
+    """Our bundle first: the others' vectors are compared with its own."""
+    from .contestants import build_bundle
+    from .contestants_torch import build_hf
+    from .encoder import Contestant
+
+    hf = {"checkpoint": checkpoint, "bundle": bundle, "threads": args.threads}
+    contestants = [
+        Contestant("bundle fp32", build_bundle, {"folder": bundle, "threads": args.threads}),
+        Contestant("HF eager", build_hf, hf),
+        Contestant("HF eager, 80 rows", build_hf, hf | {"all_rows": True}),
+        Contestant("torch.compile", build_hf, hf | {"compiled": True}),
+        Contestant("plain ONNX", build_hf, hf | {"plain_onnx": True}),
+    ]
+    if args.int8:
+        contestants.insert(1, Contestant("bundle int8", build_bundle, {"folder": args.int8, "threads": args.threads}))
+    return contestants
+
+
+def print_race(measured: list[dict]) -> None:
+    for values in measured:
+        head = f"{values['input']:<22} {values['contestant']:<20}"
+        if "error" in values:
+            print(f"{head} could not run: {values['error']}")
+            continue
+        print(
+            f"{head} {values['median_ms']:>9.2f} ms  p95 {values['p95_ms']:>9.2f}  {values['peak_rss_mib']:>8,.0f} MiB"
+            f"  differs by {values['max_abs_difference']:.1e}"
+        )
+
+
+@contextmanager
+def _models(args: argparse.Namespace):
+    """The bundle, the checkpoint it comes from, and the model's name; rehearsals are written to a temporary folder."""
+    from metaembed.export.models import DEMO_FOLDER
+    from metaembed.runtime.manifest import Bundle
+
+    if args.rehearse == (args.bundle is not None):
+        raise UsageError("name a bundle, or ask for --rehearse")
+    if not args.rehearse:
+        name = Bundle.open(args.bundle).manifest.model
+        if args.checkpoint is None and name != "demo":
+            raise UsageError(
+                f"{args.bundle} holds {name!r}; name the folder it was exported from with --checkpoint DIR"
+            )
+        yield args.bundle, Path(args.checkpoint or DEMO_FOLDER), name
+        return
+
+    from .rehearsal import NAME, write_rehearsal
+
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as work:
+        yield *write_rehearsal(Path(work)), NAME

@@ -1,0 +1,20 @@
+"""``metaembed-bench report``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of records (*.jsonl)")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="where report.html and plots/ go (default: DIR)"
+    )
+
+
+def work(args: argparse.Namespace) -> None:
+    from .records import read_records
+    from .report import write_report
+
+    print(write_report(read_records([args.folder]), args.output or args.folder))

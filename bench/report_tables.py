@@ -1,0 +1,215 @@
+"""The tables of the report and of Markdown files, made from records alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from metaembed.runtime.errors import UsageError
+
+from .records import Record
+from .report_plots import group, of_kind
+
+MARKER = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+MISSING = "_Not measured yet._\n"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first column is words, the others figures. ``note`` is a sentence below."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class TableKind:
+    name: str
+    title: str
+    make: Callable[[Sequence[Record]], Table | None]
+
+
+def make_demo_quality(records: Sequence[Record]) -> Table | None:
+    found = of_kind(records, "quality", "dataset", "artefact", "budget", "cascade")
+    if not found:
+        return None
+    rows = tuple(
+        (
+            record["cascade"] or record["budget"],
+            f"{record['ndcg_at_5']:.3f}",
+            f"{record['ndcg_low']:.3f} to {record['ndcg_high']:.3f}",
+            f"{record['recall_at_1']:.3f}",
+            f"{record['recall_at_10']:.3f}",
+            f"{record['mrr']:.3f}",
+            f"{record['index_kib_per_item']:.2f}",
+        )
+        for record in found
+    )
+    last = found[-1]
+    note = f"{last['artefact']}; {last['dataset']}: {last['queries']:,} queries, {last['candidates']:,} candidates."
+    return Table(("budget", "nDCG@5", "95 % interval", "R@1", "R@10", "MRR", "KiB an item"), rows, note)
+
+
+def make_claims(records: Sequence[Record]) -> Table | None:
+    found = of_kind(records, "claim_point", "system", "budget")
+    if not found:
+        return None
+    budgets = [budget for (budget,) in group(found, "budget") if budget != "all tokens"]
+    rows = []
+    for (name,), points in group(found, "system").items():
+        at = {point["budget"]: point for point in points}
+        cells = [f"{at[budget]['ndcg_at_5']:.3f}" if budget in at else "" for budget in budgets]
+        whole = at.get("all tokens")
+        rows.append((name, *cells, f"{whole['ndcg_at_5']:.3f}" if whole else "", _sizes(points), _seeds(points)))
+    last = found[-1]
+    note = (
+        f"nDCG@5 over {last['queries']:,} queries and {last['candidates']:,} candidates, test seed {last['test_seed']}."
+    )
+    return Table(("system", *budgets, "all tokens", "KiB an item", "models"), tuple(rows), note)
+
+
+def make_verdicts(records: Sequence[Record]) -> Table | None:
+    found = of_kind(records, "verdict", "claim")
+    rows = tuple(
+        (r["claim"], r["verdict"], f"{r['difference']:+.3f}", f"{r['low']:+.3f} to {r['high']:+.3f}", str(r["models"]))
+        for r in found
+    )
+    note = "Difference of nDCG@5, paired over the queries; held when its whole 95 % interval is above 0."
+    return Table(("claim", "here", "difference", "95 % interval", "models"), rows, note) if rows else None
+
+
+def make_efficiency(records: Sequence[Record]) -> Table | None:
+    costs = of_kind(records, "scoring_cost", "model", "budget")
+    if not costs:
+        return None
+    measured = {(r["model"], r["budget"]): r for r in of_kind(records, "scoring", "model", "budget")}
+    devices = list(costs[0]["limit_ms"])
+    rows = tuple(
+        (
+            f"{cost['model']} {cost['budget']}",
+            f"{cost['gflop']:,.2f}",
+            f"{cost['index_gib']:,.2f}",
+            *_measured_cells(measured.get((cost["model"], cost["budget"]))),
+            *(f"{cost['limit_ms'][device]:,.2f}" for device in devices),
+            f"{cost['reported']['ms']:.2f}" if cost["reported"] else "",
+        )
+        for cost in costs
+    )
+    note = (
+        f"One query, {costs[0]['candidates']:,} candidates, bf16 index. Devices' columns are limits in ms: "
+        "all operations at peak rate, or the index read "
+        "once, whichever is slower. The paper's milliseconds, for 7B on an A100, cannot be one query streaming its index: "
+        "42.72 GiB in 6.25 ms would be 7.3 TB/s, and the card reads 2.04."
+    )
+    head = (
+        "model, budget",
+        "GFLOP",
+        "GiB",
+        "ms here",
+        "limit here",
+        *devices,
+        "paper ms",
+    )
+    return Table(head, rows, note)
+
+
+def make_encoder_costs(records: Sequence[Record]) -> Table | None:
+    costs = of_kind(records, "encoder_cost", "model", "input")
+    if not costs:
+        return None
+    devices = list(costs[0]["limit_ms"])
+    rows = tuple(
+        (
+            f"{cost['model']}, {cost['input']}",
+            f"{cost['positions']:,}",
+            f"{cost['vision_gflop']:,.1f}",
+            f"{cost['language_gflop']:,.1f}",
+            *(f"{cost['limit_ms'][device]:,.2f}" for device in devices),
+        )
+        for cost in costs
+    )
+    head = ("model, input", "positions", "vision GFLOP", "language GFLOP", *(f"ms, {name}" for name in devices))
+    return Table(
+        head, rows, "One input at the largest budget; the least milliseconds in bf16: arithmetic, not measured."
+    )
+
+
+def make_encoder_race(records: Sequence[Record]) -> Table | None:
+    found = of_kind(records, "encoder", "model", "input", "contestant")
+    if not found:
+        return None
+    contestants = [name for (name,) in group(found, "contestant")]
+    rows = []
+    for (model, case), runs in group(found, "model", "input").items():
+        at = {run["contestant"]: run for run in runs}
+        rows.append((f"{model}, {case}", *(_race_cell(at.get(name)) for name in contestants), _speedup(at)))
+    machine = found[-1]["machine"]
+    note = f"Median ms (p95), {machine['cpu']}, {found[-1]['threads']} threads. Ratio: the best of PyTorch over bundle fp32."
+    return Table(("model, input", *contestants, "ratio"), tuple(rows), note)
+
+
+TABLES = {
+    kind.name: kind
+    for kind in (
+        TableKind("demo_quality", "Quality by budget", make_demo_quality),
+        TableKind("claims", "The paper's claims, on the demo", make_claims),
+        TableKind("verdicts", "Which claims held here", make_verdicts),
+        TableKind("efficiency", "Scoring: cost, time here, and limits elsewhere", make_efficiency),
+        TableKind("encoder_costs", "Encoding: cost and limits", make_encoder_costs),
+        TableKind("encoder_race", "Encoding: measured here", make_encoder_race),
+    )
+}
+
+
+def to_markdown(table: Table) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (table.head, *table.rows)]
+    lines.insert(1, "|" + "|".join(["---"] + ["---:"] * (len(table.head) - 1)) + "|")
+    return "\n".join(lines) + "\n" + (f"\n{table.note}\n" if table.note else "")
+
+
+def fill_tables(text: str, records: Sequence[Record]) -> str:
+    """A Markdown text with every ``<!-- table: NAME -->`` block made again from the records.
+
+    Raises:
+        UsageError: a block names no known table, or has no end.
+    """
+    if text.count("<!-- table:") != len(MARKER.findall(text)):
+        raise UsageError("a <!-- table: NAME --> line has no <!-- /table --> after it")
+    return MARKER.sub(lambda found: found[1] + _filled(found[2], records) + found[4], text)
+
+
+def _filled(name: str, records: Sequence[Record]) -> str:
+    if name not in TABLES:
+        raise UsageError(f"there is no table {name!r}; known: {', '.join(TABLES)}")
+    table = TABLES[name].make(records)
+    return MISSING if table is None else to_markdown(table)
+
+
+def _sizes(points: Sequence[Record]) -> str:
+    sizes = [point["index_kib_per_item"] for point in points]
+    return f"{sizes[0]:.2f}" if len(sizes) == 1 else f"{min(sizes):.2f} to {max(sizes):.2f}"
+
+
+def _seeds(points: Sequence[Record]) -> str:
+    return str(points[0]["models"]) + ("" if points[0]["trained"] else ", untrained")
+
+
+def _measured_cells(measured: Record | None) -> tuple[str, str]:
+    if measured is None:
+        return "", ""
+    factor = measured["scaled_ms"] / measured["median_ms"]
+    return f"{measured['scaled_ms']:,.1f}", f"{measured['limit_ms'] * factor:,.1f}"
+
+
+def _race_cell(run: Record | None) -> str:
+    if run is None:
+        return ""
+    return "cannot" if "error" in run else f"{run['median_ms']:,.1f} ({run['p95_ms']:,.1f})"
+
+
+def _speedup(at: dict[str, Record]) -> str:
+    ours = at.get("bundle fp32")
+    torch = [at[name]["median_ms"] for name in ("HF eager", "torch.compile") if name in at and "error" not in at[name]]
+    return f"{min(torch) / ours['median_ms']:.2f}" if torch and ours and "error" not in ours else ""

@@ -1,0 +1,78 @@
+"""Times that can be compared: contestants take turns, so that a busy minute of the machine slows all of them alike."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WARMUP = 2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What remains of one contestant's runs: milliseconds, how many runs were timed, and how many came before."""
+
+    median_ms: float
+    p95_ms: float
+    min_ms: float
+    count: int
+    warmup: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], warmup: int) -> Timing:
+        """Summarise runs; the p95 interpolates between neighbours, as numpy does."""
+        if not len(seconds):
+            raise ValueError("nothing was timed")
+        runs = 1e3 * np.asarray(seconds)
+        median, p95 = (float(round(value, 4)) for value in np.percentile(runs, [50, 95]))
+        return cls(median, p95, round(float(runs.min()), 4), len(runs), warmup)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def time_interleaved(
+    contestants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = WARMUP
+) -> dict[str, Timing]:
+    """Run every contestant once a round, in an order that turns by one each round; the first ``warmup`` rounds do not count."""
+    return summarise(contestants, lambda name: _seconds(contestants[name]), rounds=rounds, warmup=warmup)
+
+
+def summarise(
+    names: Mapping[str, object] | Sequence[str], measure: Callable[[str], float], *, rounds: int, warmup: int
+) -> dict[str, Timing]:
+    """As ``time_interleaved``, for contestants that measure themselves: ``measure(name)`` runs one and returns seconds."""
+    if rounds < 1 or warmup < 0:
+        raise ValueError(f"{rounds} rounds after {warmup} to warm up: at least one round is needed")
+    order, seconds = list(names), {name: [] for name in names}
+    for number in range(warmup + rounds):
+        turn = number % len(order)
+        for name in order[turn:] + order[:turn]:
+            taken = measure(name)
+            if number >= warmup:
+                seconds[name].append(taken)
+    return {name: Timing.of(taken, warmup) for name, taken in seconds.items()}
+
+
+def peak_rss_mib() -> float:
+    """The most memory this process ever held, in MiB.
+
+    From VmHWM where there is one: ru_maxrss of a process that was forked starts at its parent's peak.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -1,0 +1,140 @@
+"""metaembed-index: make, extend, check and tidy an index."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .command import EXIT_FAILED, Parser, progress, run_command
+
+EPILOG = """DATA is a folder of images, or a JSONL file: one object a line with "id", "text" and "image" (a path relative to
+the file; one of the two is enough); other fields are kept, returned by searches and can be filtered by.
+
+A run that was killed continues with --resume: what it had stored is kept and not encoded again.
+
+examples:
+  metaembed-index out --data pages -o pages.index
+  metaembed-index out --data corpus.jsonl -o corpus.index --budget 16 --resume
+  metaembed-index info corpus.index             what is in it
+  metaembed-index verify corpus.index           read everything; exit 1 when anything is damaged
+  metaembed-index delete corpus.index ID ...    remove items
+  metaembed-index compact corpus.index          merge small segments, free what deleted items take
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in VERBS:
+        return _main_verb(argv[0], argv[1:])
+    parser = Parser(prog="metaembed-index", description="Encode data with a bundle and store it.", epilog=EPILOG)
+    add = parser.add_argument
+    add("bundle", type=Path, help="a folder that metaembed-export wrote, or: info, verify, delete, compact")
+    add("--data", type=Path, required=True, metavar="DIR|FILE.jsonl", help="what to index")
+    add("-o", "--output", type=Path, required=True, metavar="INDEX", help="the folder to write")
+    add("--budget", type=int, metavar="R_C", help="vectors per item (default: the largest in the bundle)")
+    add(
+        "--storage",
+        choices=("bf16", "int8"),
+        default="bf16",
+        help="of a new index; int8 halves the size (default: %(default)s)",
+    )
+    add(
+        "--screen",
+        action="store_true",
+        help="of a new index: the first vectors in int8 too, for a faster, still exact first stage",
+    )
+    add("--resume", action="store_true", help="continue or extend an index; known ids are passed over")
+    add("--update", action="store_true", help="with --resume: encode known ids anew and replace them")
+    parser.add_common()
+    return run_command(parser, _build, argv)
+
+
+def _main_verb(verb: str, argv: Sequence[str]) -> int:
+    work, description = VERBS[verb]
+    parser = Parser(prog=f"metaembed-index {verb}", description=description)
+    parser.add_argument("index", type=Path, metavar="INDEX")
+    if verb == "delete":
+        parser.add_argument("ids", nargs="+", metavar="ID")
+    parser.add_common()
+    return run_command(parser, work, argv)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from .encoder import Encoder
+    from .index_build import build_index, open_writer, read_data
+
+    items = read_data(args.data)
+    resume = args.resume or args.update
+    with (
+        Encoder.open(args.bundle) as encoder,
+        open_writer(
+            encoder, args.output, resume=resume, storage=args.storage, screen=args.screen, vectors=args.budget
+        ) as writer,
+    ):
+        report = build_index(encoder, writer, items, update=args.update,
+                             track=lambda work: progress(work, "indexing", quiet=args.quiet))  # fmt: skip
+        description = encoder.description
+    if not args.quiet:
+        print(f"{report.added} items added to {args.output} ({report.items_per_s:.1f} items/s, {description}), "
+              f"{report.known} were there, {len(report.unreadable)} unreadable")  # fmt: skip
+    return EXIT_FAILED if report.unreadable else 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from .index import Index
+
+    with Index.open(args.index) as index:
+        snapshot, layout = index.snapshot(), index.layout
+        held = sum(part.segment.items for part in snapshot.parts)
+        print(f"{len(snapshot)} items in {len(snapshot.parts)} segments, {held - len(snapshot)} deleted")
+        print(f"{layout.vectors} vectors of {layout.dims} dims ({layout.storage}), groups end at {layout.ends}")
+        print(f"{held * layout.item_bytes / 2**30:.3f} GiB of vectors; made with {index.bundle}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .index import Index
+
+    with Index.open(args.index, skip_damaged=True) as index:
+        damages = index.verify()
+        for damage in damages:
+            print(damage)
+        if not damages and not args.quiet:
+            print(f"sound: {len(index)} items")
+    return EXIT_FAILED if damages else 0
+
+
+def _delete(args: argparse.Namespace) -> int:
+    from .index_writer import IndexWriter
+
+    with IndexWriter(args.index) as writer:
+        missing = [id_ for id_ in args.ids if id_ not in writer.known(args.ids)]
+        count = writer.delete(args.ids)
+    if not args.quiet:
+        print(f"{count} items deleted")
+    for id_ in missing:
+        print(f"metaembed-index delete: {id_!r} is not in {args.index}", file=sys.stderr)
+    return EXIT_FAILED if missing else 0
+
+
+def _compact(args: argparse.Namespace) -> int:
+    from .index_writer import IndexWriter
+
+    with IndexWriter(args.index) as writer:
+        count = writer.compact()
+    if not args.quiet:
+        print(f"{count} segments rewritten")
+    return 0
+
+
+VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
+    "info": (_info, "What is in an index."),
+    "verify": (_verify, "Read a whole index and name everything that is damaged; exit 1 when anything is."),
+    "delete": (_delete, "Remove items by id."),
+    "compact": (_compact, "Merge small segments and free what deleted items take."),
+}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,169 @@
+"""From data to an index: read items, encode those that the index does not hold yet, and append them batch by batch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .encoder import Encoder
+from .errors import UsageError
+from .images import load_image
+from .index import Index
+from .index_layout import Layout
+from .index_writer import IndexWriter
+from .search import find_images
+
+log = logging.getLogger(__name__)
+BATCH = 64  # items encoded and made durable together: what a kill can cost
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something to index: a text, an image, or both; `payload` is any JSON object that searches return and filter by."""
+
+    id: str
+    text: str | None = None
+    image: Path | None = None
+    payload: Mapping[str, Any] | None = None
+
+
+@dataclass
+class IndexingReport:
+    """What `build_index` did."""
+
+    added: int = 0
+    known: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    encode_s: float = 0.0
+
+    @property
+    def items_per_s(self) -> float:
+        return self.added / self.encode_s if self.encode_s else 0.0
+
+
+def read_data(path: Path) -> list[Item]:
+    """The images of a folder (id: path within it), or the lines of a JSONL file.
+
+    A line is an object with ``id`` (or ``_id``), ``text``, ``image`` (a path relative to the file), at least one of the
+    two; its other fields become the payload.
+
+    Raises:
+        UsageError: nothing there, a line that is not of this form, or an id that occurs twice.
+    """
+    if path.is_dir():
+        return [Item(found.relative_to(path).as_posix(), image=found) for found in find_images(path)]
+    if not path.is_file():
+        raise UsageError(f"{path} is missing; --data takes a folder of images or a JSONL file")
+    with path.open("rb") as lines:
+        items = [_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise UsageError(f"{path} gives the id {item.id!r} twice")
+        seen.add(item.id)
+    if not items:
+        raise UsageError(f'{path} is empty; write one {{"id": ..., "text": ..., "image": ...}} a line')
+    return items
+
+
+def _read_line(path: Path, number: int, line: bytes) -> Item:
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} line {number} is not JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} line {number} is no JSON object")
+    id_ = data.pop("id", None) if "id" in data else data.pop("_id", None)
+    text, image = data.pop("text", None), data.pop("image", None)
+    if isinstance(id_, bool) or not isinstance(id_, (str, int)) or id_ == "":
+        raise UsageError(f"{path} line {number} has no id; give every item a distinct one")
+    if not all(value is None or isinstance(value, str) for value in (text, image)):
+        raise UsageError(f"{path} line {number}: text and image are strings, or null where absent")
+    if not text and not image:
+        raise UsageError(f"{path} line {number} has neither a text nor an image")
+    return Item(str(id_), text or None, path.parent / image if image else None, data or None)
+
+
+def open_writer(
+    encoder: Encoder, folder: Path, *, resume: bool, storage: str, screen: bool, vectors: int | None
+) -> IndexWriter:
+    """Create an index for an encoder, or open one that the same model began.
+
+    Raises:
+        UsageError: the folder exists and `resume` is false, or another model or shape filled it.
+    """
+    manifest = encoder.bundle.manifest
+    vectors = manifest.largest.candidate if vectors is None else vectors
+    if not 1 <= vectors <= manifest.largest.candidate:
+        raise UsageError(
+            f"{vectors} vectors per item were asked for; this bundle gives 1 to {manifest.largest.candidate}"
+        )
+    if not resume or not folder.exists():
+        if folder.exists():
+            raise UsageError(f"{folder} exists; give --resume to continue or extend it, or another folder with -o")
+        ends = [budget.candidate for budget in encoder.budgets]
+        layout = Layout.for_vectors(encoder.dim, vectors, storage, ends, screen=screen)
+        bundle = str(Path(encoder.bundle.folder).absolute())
+        Index.create(folder, layout, fingerprint=encoder.fingerprint, bundle=bundle)
+    writer = IndexWriter(folder)
+    try:
+        check_model(encoder, writer.about.get("fingerprint", ""), folder)
+        if vectors != writer.layout.vectors:
+            raise UsageError(f"{folder} stores {writer.layout.vectors} vectors per item, not {vectors}; see --budget")
+    except BaseException:
+        writer.close()
+        raise
+    return writer
+
+
+def check_model(encoder: Encoder, fingerprint: str, folder: Path) -> None:
+    """Refuse a bundle whose vectors cannot be compared with those in the index."""
+    if encoder.fingerprint != fingerprint:
+        raise UsageError(f"{folder} was made with another model than {encoder.bundle.folder}; use that model's bundle")
+
+
+def build_index(
+    encoder: Encoder,
+    writer: IndexWriter,
+    items: Sequence[Item],
+    *,
+    update: bool = False,
+    track: Callable[[Any], Iterable[Any]] = iter,
+) -> IndexingReport:
+    """Encode and append items. Every batch is durable when the next begins, so a killed run continues where it was.
+
+    Args:
+        update: encode known ids anew and replace them; by default they are passed over.
+    """
+    report = IndexingReport()
+    for start in track(range(0, len(items), BATCH)):
+        batch = items[start : start + BATCH]
+        known = set() if update else writer.known([item.id for item in batch])
+        report.known += len(known)
+        batch = [item for item in batch if item.id not in known and _is_readable(item, report)]
+        if batch:
+            began = time.perf_counter()
+            embeddings = encoder.encode_candidates(
+                [item.text for item in batch], images=[item.image for item in batch], budget=writer.layout.vectors
+            )
+            report.encode_s += time.perf_counter() - began
+            writer.add([item.id for item in batch], embeddings, [item.payload for item in batch], replace=update)
+            report.added += len(batch)
+    writer.compact()
+    return report
+
+
+def _is_readable(item: Item, report: IndexingReport) -> bool:
+    try:
+        if item.image is not None:
+            load_image(item.image)
+    except UsageError as error:
+        log.warning("left out: %s", error)
+        report.unreadable.append(item.id)
+        return False
+    return True

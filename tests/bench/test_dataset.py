@@ -1,0 +1,107 @@
+"""Data sets in every documented shape; expected values are what was written to disk by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from metaembed.bench.dataset import demo_dataset, load_dataset
+from metaembed.runtime.errors import UsageError
+
+
+def _write(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _page(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (30, 40)).save(path)
+
+
+@pytest.fixture
+def beir(tmp_path):
+    """As BEIR's archives unpack: a header in the judgements, ids that are strings, a query without judgements."""
+    folder = tmp_path / "tiny"
+    _write(
+        folder / "corpus.jsonl",
+        {"_id": "d1", "title": "A", "text": "b\u2028c"},
+        {"_id": "d2", "title": "", "text": "d"},
+    )
+    _write(folder / "queries.jsonl", {"_id": "q1", "text": "x"}, {"_id": "q2", "text": "y"}, {"_id": "q3", "text": "z"})
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\nq1\td2\t2\nq1\td1\t1\nq2\td1\t0\nq3\td1\t1\n"
+    )
+    return folder
+
+
+def test_beir_folder_as_it_is(beir):
+    dataset = load_dataset(beir)
+    assert [item.text for item in dataset.candidates] == ["A b\u2028c", "d"]
+    assert [query.id for query in dataset.queries] == ["q1", "q3"]
+    assert dataset.relevant == ({1: 2.0, 0: 1.0}, {0: 1.0})
+    assert dataset.unjudged == 1
+
+
+def test_images_and_queries_without_a_corpus(tmp_path):
+    """Judgements name a page by its stem or its path."""
+    for name in ("pages/p1.png", "pages/p2.png", "asked/q.png"):
+        _page(tmp_path / name)
+    _write(tmp_path / "queries.jsonl", {"_id": "1", "text": "x"}, {"_id": "2", "text": None, "image": "asked/q.png"})
+    (tmp_path / "qrels.tsv").write_text("1\t0\tp2\t1\n2\t0\tpages/p1.png\t1\n")  # trec_eval's four columns, no header
+    dataset = load_dataset(tmp_path)
+    assert [item.id for item in dataset.candidates] == ["pages/p1.png", "pages/p2.png"]
+    assert dataset.relevant == ({1: 1.0}, {0: 1.0})
+
+
+def test_imagefolder_with_metadata(tmp_path):
+    """Two rows may share a page or a query; a row without a query is a distractor."""
+    for name in ("a.png", "b.png", "c.png"):
+        _page(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text("file_name,query\na.png,first\na.png,second\nb.png,first\nc.png,\n")
+    dataset = load_dataset(tmp_path)
+    assert [item.id for item in dataset.candidates] == ["a.png", "b.png", "c.png"]
+    assert [query.text for query in dataset.queries] == ["first", "second"]
+    assert dataset.relevant == ({0: 1.0, 1: 1.0}, {0: 1.0})
+
+
+def test_the_demo_set_is_read_from_disk_like_any_other():
+    with demo_dataset(7, (2, 1, 1), seed=5) as dataset:
+        assert len(dataset.candidates) == 7
+        assert len(dataset.queries) == 4
+        assert all(item.image.is_file() for item in dataset.candidates)
+        assert [query.image is not None for query in dataset.queries] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("qrels/test.tsv", "q1\td9\t1\n", "d9"),
+        ("qrels/test.tsv", "q1 d1\n", "columns"),
+        ("qrels/test.tsv", "q1\td1\tmuch\n", "much"),
+        ("qrels/test.tsv", "q1\td1\t0\n", "no query has a relevant candidate"),
+        ("queries.jsonl", "{", "line 1 is not JSON"),
+        ("queries.jsonl", "[]", "not an object"),
+        ("corpus.jsonl", '{"_id": "d1"}\n', "neither text nor image"),
+        ("corpus.jsonl", '{"_id": "d1", "image": "../x.png"}\n', "not in the folder"),
+        ("corpus.jsonl", '{"text": "a"}\n', "no _id"),
+        ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "a"}\n', "unique"),
+    ],
+)
+def test_a_damaged_data_set_is_named_in_one_sentence(beir, file, text, says):
+    (beir / file).write_text(text)
+    with pytest.raises(UsageError, match=says) as caught:
+        load_dataset(beir)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_no_known_shape_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no data set"):
+        load_dataset(tmp_path)
+    _write(tmp_path / "corpus.jsonl", {"_id": "1", "text": "a"})
+    _write(tmp_path / "queries.jsonl", {"_id": "1", "text": "a"})
+    with pytest.raises(UsageError, match="no relevance judgements"):
+        load_dataset(tmp_path)

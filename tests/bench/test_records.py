@@ -1,0 +1,54 @@
+"""Records on disk: what is written comes back, and damage is named."""
+
+from __future__ import annotations
+
+import pytest
+
+from metaembed.bench.records import ORIGIN, append_records, latest, make_record, read_records
+from metaembed.runtime.errors import BundleError, UsageError
+from metaembed.runtime.manifest import Bundle
+
+
+def test_records_come_back_with_their_origin(tmp_path):
+    record = make_record("scoring", {"median_ms": 1.5})
+    append_records(tmp_path / "new" / "a.jsonl", [record])
+    append_records(tmp_path / "new" / "a.jsonl", [record])
+    assert read_records([tmp_path / "new"]) == [record, record]
+    assert record.keys() >= {"kind", "median_ms", *ORIGIN}
+    assert record["machine"]["cores"] >= 1
+    assert record["versions"]["numpy"]
+
+
+def test_a_bundle_is_identified_by_its_fingerprint(demo_bundle):
+    record = make_record("quality", {}, demo_bundle)
+    assert record["sha256"] == Bundle.open(demo_bundle).manifest.fingerprint
+    assert record["artefact"] == "demo bundle, fp32"
+
+
+def test_of_measurements_taken_twice_the_last_counts():
+    records = [{"kind": "x", "a": 1, "v": 1}, {"kind": "x", "a": 2, "v": 2}, {"kind": "x", "a": 1, "v": 3}]
+    assert [record["v"] for record in latest(records, "kind", "a")] == [3, 2]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"kind": 3}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"kind": "x"}\n' + line + "\n")
+    with pytest.raises(BundleError, match="line 2"):
+        read_records([path])
+
+
+def test_a_folder_without_records_is_a_usage_error(tmp_path):
+    for path in (tmp_path, tmp_path / "missing.jsonl"):
+        with pytest.raises(UsageError):
+            read_records([path])
+
+
+def test_a_nan_is_never_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        append_records(tmp_path / "a.jsonl", [{"kind": "x", "v": float("nan")}])
+
+
+def test_a_record_without_a_kind_has_the_name_of_its_file(tmp_path):
+    (tmp_path / "training.jsonl").write_text('{"step": 1}\n')
+    assert read_records([tmp_path]) == [{"kind": "training", "step": 1}]

@@ -1,0 +1,117 @@
+"""Advice against arithmetic by hand: 3B, a million candidates, AGX Orin 64 GB (204.8 GB/s)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from metaembed.runtime.advise import Needs, advise, read_curve
+from metaembed.runtime.advise_report import describe_advice
+from metaembed.runtime.budget import TRAINED_GROUPS, Budget
+from metaembed.runtime.cli_plan import main
+from metaembed.runtime.devices import find_device
+from metaembed.runtime.errors import BundleError, UsageError
+from metaembed.runtime.known_models import KNOWN
+from metaembed.runtime.plan import make_plan
+
+BUDGETS = [Budget(*group) for group in TRAINED_GROUPS]
+CURVE = {"1,1": 0.55, "2,4": 0.66, "4,8": 0.75, "8,16": 0.82, "16,64": 0.87}
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan("3b", KNOWN["3b"].geometry, BUDGETS, 1_000_000)
+
+
+@pytest.fixture(scope="module")
+def orin():
+    return find_device("orin-64gb")
+
+
+def test_a_million_pages_on_an_orin_are_served_by_a_cascade_from_disk(plan, orin):
+    """By hand: a bf16 first stage of one vector reads 4.096 GB, 20 ms, at half the rate 40; the 1,000 survivors are 64 vectors
+    of 4,096 bytes each, 262 MB, 87.4 ms at 3 GB/s, and read again in 1.28 ms, 2.56 at half."""
+    advice = advise(plan, orin, Needs(latency_ms=200), CURVE)
+    chosen = advice.chosen
+    assert (chosen.cascade, chosen.placement, chosen.model_type) == ("1,1:1000 16,64", "disk", "bf16")
+    assert chosen.quality == CURVE["16,64"]
+    assert chosen.index_bytes == 1_000_000 * 4096
+    assert chosen.elsewhere_bytes == 1_000_000 * 64 * 4096
+    assert chosen.fetch_ms == pytest.approx(87.4, abs=0.1)
+    assert chosen.score_ms == pytest.approx(2 * (20.0 + 1.28), abs=0.1)
+    assert chosen.latency_ms == pytest.approx(chosen.encode_ms + chosen.score_ms + chosen.fetch_ms)
+
+
+def test_everything_chosen_keeps_the_limits(plan):
+    for device in ("orin-nano-8gb", "orin-64gb", "thor", "a100", "t4", "h100"):
+        for latency, memory in ((5, None), (50, 8), (200, 20), (None, 40)):
+            advice = advise(plan, find_device(device), Needs(latency, memory), CURVE)
+            for option in [*advice.runners_up, *([advice.chosen] if advice.chosen else [])]:
+                assert latency is None or option.latency_ms <= latency
+                assert option.device_bytes <= advice.memory_bytes <= (memory or 1000) * 2**30
+
+
+def test_without_limits_the_best_budget_is_searched_exhaustively():
+    """By hand: 1,000 candidates of 64 vectors are 0.26 GB."""
+    small = make_plan("3b", KNOWN["3b"].geometry, BUDGETS, 1_000)
+    advice = advise(small, find_device("a100"), Needs(), CURVE)
+    assert (advice.chosen.cascade, advice.chosen.index_type, advice.chosen.placement) == ("16,64", "bf16", "device")
+
+
+def test_a_measured_cascade_counts_for_what_it_measured(plan, orin):
+    """Where the curve knows that the small first stage loses too much, the next budget is taken."""
+    curve = CURVE | {"1,1:1000 16,64": 0.6, "2,4:1000 16,64": 0.6, "4,8:1000 16,64": 0.6}
+    assert advise(plan, orin, Needs(latency_ms=200), curve).chosen.budget == Budget(8, 16)
+
+
+def test_a_curve_that_falls_makes_the_smaller_budget_win(plan):
+    curve = CURVE | {"4,8": 0.99}
+    assert advise(plan, find_device("h100"), Needs(), curve).chosen.budget == Budget(4, 8)
+
+
+def test_nothing_fits_and_the_sentence_says_what_lacks(plan, orin):
+    slow = advise(plan, orin, Needs(latency_ms=1), CURVE)
+    assert slow.chosen is None
+    assert "ms too long" in describe_advice(plan, slow, measured=True)
+    tight = advise(plan, orin, Needs(memory_gib=1), CURVE)
+    assert tight.chosen is None
+    assert "GiB too much" in describe_advice(plan, tight, measured=True)
+
+
+def test_a_curve_needs_every_budget_of_the_plan(plan, orin):
+    with pytest.raises(UsageError, match="16,64"):
+        advise(plan, orin, Needs(), {key: value for key, value in CURVE.items() if key != "16,64"})
+
+
+@pytest.mark.parametrize(
+    "needs", [{"latency_ms": 0}, {"memory_gib": -1}, {"reached": 0}, {"reached": 1.5}, {"survivors": 0}]
+)
+def test_senseless_needs_are_usage_errors(needs):
+    with pytest.raises(UsageError):
+        Needs(**needs)
+
+
+def test_the_command_reads_the_curve_and_shows_its_arithmetic(tmp_path, capsys):
+    path = tmp_path / "quality.jsonl"
+    lines = [
+        {"kind": "quality", "budget": budget, "cascade": None, "ndcg_at_5": value} for budget, value in CURVE.items()
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_curve(path) == CURVE
+    command = ["--model", "3b", "--candidates", "1e6", "--device", "orin-64gb", "--latency-ms", "200"]
+    assert main([*command, "--quality-curve", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "use cascade 1,1:1000 16,64" in said
+    assert "nDCG@5 0.870" in said
+    assert main(["--model", "3b", "--latency-ms", "200"]) == 2
+
+
+def test_a_damaged_curve_is_named(tmp_path):
+    path = tmp_path / "quality.jsonl"
+    path.write_text('{"kind": "quality"}\n')
+    with pytest.raises(BundleError, match="line 1"):
+        read_curve(path)
+    path.write_text('{"kind": "scoring"}\n')
+    with pytest.raises(UsageError, match="no quality records"):
+        read_curve(path)

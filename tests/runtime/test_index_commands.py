@@ -1,0 +1,175 @@
+"""metaembed-index and metaembed-search with the demo model, against encoding and scoring by hand."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from metaembed.runtime import cli_index, cli_search
+from metaembed.runtime.encoder import Encoder
+from metaembed.runtime.index import Index
+from metaembed.runtime.maxsim import maxsim_reference
+
+TEXTS = ["a red star", "a blue anchor", "a green umbrella and a red star"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four pictures of noise and three texts; one item has both."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 256, (112, 112, 3), np.uint8)).save(folder / f"{i}.png")
+        lines.append({"_id": f"image{i}", "image": f"{i}.png", "number": i})
+    lines += [{"id": f"text{i}", "text": text} for i, text in enumerate(TEXTS)]
+    lines.append({"id": 7, "text": TEXTS[0], "image": "1.png", "number": 7})
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(demo_bundle, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "index"
+    assert cli_index.main([str(demo_bundle), "--data", str(data / "data.jsonl"), "-o", str(folder), "--quiet"]) == 0
+    return folder
+
+
+def searched(capsys, *argv):
+    capsys.readouterr()
+    assert cli_search.main([*map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys, main, *argv, code=2):
+    assert main([*map(str, argv)]) == code
+    return capsys.readouterr().err
+
+
+def test_search_equals_encoding_and_scoring_by_hand(demo_bundle, data, index, capsys):
+    hits = searched(capsys, index, "a red star", "--image", data / "2.png", "-k", 8)
+    with Encoder.open(demo_bundle) as encoder:
+        query = encoder.encode_queries(["a red star"], images=[data / "2.png"])
+        images = [data / f"{i}.png" for i in range(4)]
+        candidates = encoder.encode_candidates(
+            [None] * 4 + TEXTS + TEXTS[:1], images=[*images, None, None, None, images[1]]
+        )
+    scores = maxsim_reference(query, [candidates])[0]
+    ids = [f"image{i}" for i in range(4)] + [f"text{i}" for i in range(3)] + ["7"]
+    assert [hit["id"] for hit in hits] == [ids[i] for i in np.argsort(-scores)]
+    np.testing.assert_allclose([hit["score"] for hit in hits], np.sort(scores)[::-1], atol=0.05)  # bf16 storage
+    assert {hit["id"]: hit.get("payload") for hit in hits}["image2"] == {"number": 2}
+    assert "payload" not in next(hit for hit in hits if hit["id"] == "text0")
+
+
+def test_budget_cascade_and_filter_from_the_command_line(index, capsys):
+    small = searched(capsys, index, "a red star", "--budget", "1,1", "-k", 3)
+    cascade = searched(capsys, index, "a red star", "-k", 3, "--cascade", "1,1:3", "16,64")
+    assert {hit["id"] for hit in small} == {hit["id"] for hit in cascade}
+    found = searched(capsys, index, "a red star", "--where", "number>=1", "number!=7")
+    assert {hit["id"] for hit in found} == {"image1", "image2", "image3"}
+
+
+def test_a_folder_of_images_is_ranked_like_its_index(demo_bundle, data, tmp_path, capsys):
+    assert cli_index.main([str(demo_bundle), "--data", str(data), "-o", str(tmp_path / "i"), "--quiet"]) == 0
+    indexed = searched(capsys, tmp_path / "i", "a blue anchor")
+    ranked = searched(capsys, demo_bundle, "a blue anchor", "--images", data)
+    assert [hit["id"] for hit in indexed] == [os.path.relpath(hit["id"], data) for hit in ranked]
+
+
+def test_resume_adds_what_is_new_and_update_replaces(demo_bundle, data, tmp_path, capsys):
+    folder, lines = tmp_path / "index", tmp_path / "lines.jsonl"
+    lines.write_text('{"id": "a", "text": "one"}\n{"id": "b", "text": "two"}\n')
+    command = [str(demo_bundle), "--data", str(lines), "-o", str(folder), "--budget", "4"]
+    assert cli_index.main(command) == 0
+    assert "2 items added" in capsys.readouterr().out
+    assert "exists; give --resume" in refused(capsys, cli_index.main, *command)
+    lines.write_text('{"id": "b", "text": "other"}\n{"id": "c", "text": "three"}\n')
+    assert cli_index.main([*command, "--resume"]) == 0
+    assert "1 items added" in capsys.readouterr().out
+    before = searched(capsys, folder, "other")
+    assert cli_index.main([*command, "--update"]) == 0
+    after = searched(capsys, folder, "other")
+    assert sorted(hit["id"] for hit in after) == ["a", "b", "c"]
+    scores = [{hit["id"]: hit["score"] for hit in hits} for hits in (before, after)]
+    assert scores[0]["a"] == scores[1]["a"]
+    assert scores[0]["b"] != scores[1]["b"]
+    assert "stores 4 vectors per item, not 64" in refused(capsys, cli_index.main, *command[:5], "--resume")
+
+
+def test_info_verify_delete_compact(demo_bundle, index, tmp_path, capsys):
+    folder = tmp_path / "index"
+    shutil.copytree(index, folder)
+    assert cli_index.main(["info", str(folder)]) == 0
+    assert "8 items in 1 segments, 0 deleted" in capsys.readouterr().out
+    assert "'nobody' is not in" in refused(capsys, cli_index.main, "delete", folder, "image0", "nobody", code=1)
+    assert cli_index.main(["compact", str(folder)]) == 0
+    assert cli_index.main(["verify", str(folder)]) == 0
+    assert "sound: 7 items" in capsys.readouterr().out
+    (segment,) = (folder / "segments").iterdir()
+    segment.write_bytes(segment.read_bytes()[:-1])
+    assert cli_index.main(["verify", str(folder)]) == 1
+    assert segment.name in capsys.readouterr().out
+
+
+def test_mistakes_get_one_sentence(demo_bundle, data, index, tmp_path, capsys):
+    lines = tmp_path / "lines.jsonl"
+    for content, sentence in [
+        ("", "is empty"),
+        ("nonsense", "line 1 is not JSON"),
+        ("[1]", "line 1 is no JSON object"),
+        ('{"text": "a"}', "line 1 has no id"),
+        ('{"id": "a"}', "neither a text nor an image"),
+        ('{"id": "a", "text": "b"}\n{"id": "a", "text": "c"}', "the id 'a' twice"),
+    ]:
+        lines.write_text(content)
+        assert sentence in refused(capsys, cli_index.main, demo_bundle, "--data", lines, "-o", tmp_path / "o")
+    assert "is missing" in refused(capsys, cli_index.main, demo_bundle, "--data", tmp_path / "x", "-o", tmp_path / "o")
+    assert "65 vectors" in refused(
+        capsys, cli_index.main, demo_bundle, "--data", data, "-o", tmp_path / "o", "--budget", 65
+    )
+    assert "no query" in refused(capsys, cli_search.main, index)
+    assert "is no index" in refused(capsys, cli_search.main, demo_bundle, "text")
+    assert "not both" in refused(capsys, cli_search.main, index, "a", "--budget", "1,1", "--cascade", "1,1")
+    assert "belong to an index" in refused(
+        capsys, cli_search.main, demo_bundle, "a", "--images", data, "--where", "a=1"
+    )
+
+
+def test_an_unreadable_image_is_named_and_the_rest_is_indexed(demo_bundle, data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data/0.png").write_bytes(b"no picture")
+    command = [str(demo_bundle), "--data", str(tmp_path / "data"), "-o", str(tmp_path / "index")]
+    assert cli_index.main(command) == 1
+    assert "3 items added" in capsys.readouterr().out
+
+
+def test_another_models_bundle_is_refused(demo_bundle, index, tmp_path, capsys):
+    """The fingerprint in the index is changed, as if another model had made it."""
+    layout = Index.open(index).layout
+    Index.create(tmp_path / "other", layout, fingerprint="another", bundle=str(demo_bundle))
+    assert "another model" in refused(capsys, cli_search.main, tmp_path / "other", "a")
+
+
+def test_a_killed_run_continues_without_loss(demo_bundle, tmp_path, capsys):
+    """SIGKILL once the first batch is stored; afterwards every line is there once."""
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("\n".join(json.dumps({"id": f"item{i}", "text": f"number {i}"}) for i in range(150)))
+    folder = tmp_path / "index"
+    command = [str(demo_bundle), "--data", str(lines), "-o", str(folder), "--quiet"]
+    process = subprocess.Popen([sys.executable, "-m", "metaembed.runtime.cli_index", *command])
+    while process.poll() is None and not list(folder.glob("segments/*.safetensors")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert cli_index.main([*command, "--resume"]) == 0
+    with Index.open(folder) as index:
+        assert len(index) == 150
+        assert index.verify() == []

@@ -32,4 +32,6 @@ def open_ort_sessions(bundle: Bundle, graphs: Sequence[str], *, threads: int = 0
     files = bundle.manifest.files
     weights = sum(record.bytes for name, record in files.items() if name.startswith("weights/"))
     chosen = [cpu_graph(graph) if cpu_graph(graph) in files else graph for graph in graphs]
-    return [OrtSession(bundle.path(graph), threads=threads, lean=weights > LEAN_BYTES) for graph in chosen]
+    quantised = bundle.manifest.quantization is not None
+    lean = weights > LEAN_BYTES and not quantised  # codes are not widened, and their transposes are worth folding
+    return [OrtSession(bundle.path(graph), threads=threads, lean=lean, quantised=quantised) for graph in chosen]

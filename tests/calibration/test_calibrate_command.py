@@ -49,6 +49,7 @@ def test_the_manifest_says_what_was_quantised_and_on_which_data(int8, small_bund
 def test_weights_are_a_quarter_of_fp32_and_no_float_copy_travels_along(int8, small_bundle):
     """Counted from the source's own header: each quantised weight has one byte an element, and is nowhere else."""
     folder, done = int8
+    assert done.recipe.share >= 0.9
     source = load_file(next((small_bundle / "weights").iterdir()))
     shapes = {name.split("model.", 1)[-1] if name.startswith("model.") else name: x.shape for name, x in source.items()}
     codes = load_file(folder / "weights/int8-01.safetensors")

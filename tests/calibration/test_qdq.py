@@ -108,11 +108,13 @@ def test_fp8_equals_values_rounded_to_e4m3_by_hand(tmp_path):
     np.testing.assert_allclose(run(quantised(tmp_path, "fp8"), tmp_path), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_linears_that_read_one_tensor_share_its_quantiser_and_the_head_stays_high(tmp_path):
-    """By hand: two inputs and three weights are quantised; the head's weight is not."""
+def test_every_linear_has_its_own_pair_and_the_head_stays_high(tmp_path):
+    """By hand: three inputs, two of them the same tensor with the same scale, and three weights; not the head's."""
     model = quantised(tmp_path, "int8")
     counts = Counter(node.op_type for node in model.graph)
-    assert (counts["QuantizeLinear"], counts["DequantizeLinear"], counts["MatMul"]) == (2, 2 + 3, 4)
+    assert (counts["QuantizeLinear"], counts["DequantizeLinear"], counts["MatMul"]) == (3, 3 + 3, 4)
+    scales = [model.graph.initializers[f"layer.{name}_proj/input_scale"].const_value.numpy() for name in "qk"]
+    assert scales[0] == scales[1] == np.float32(2.0) / np.float32(127)
     assert "custom_text_proj.weight" in model.graph.initializers
     assert "layer.q_proj.weight" not in model.graph.initializers
     ir.save(model, tmp_path / "quantised.onnx")
@@ -137,7 +139,7 @@ def test_bf16_scales_are_stored_in_bf16_and_codes_made_with_them(tmp_path):
     codes, scale = (
         read_tensor(tmp_path, values[f"layer.q_proj.weight{end}"].const_value) for end in ("_quantised", "_scale")
     )
-    assert scale.dtype == values["x_scale"].const_value.numpy().dtype == kind
+    assert scale.dtype == values["layer.q_proj/input_scale"].const_value.numpy().dtype == kind
     wide = scale.astype(np.float64)[:, None]
     error = np.abs(codes * wide - narrow["layer.q_proj.weight"].astype(np.float64))
     clipped = np.abs(codes) == 127

@@ -55,7 +55,7 @@ class OrtSession:
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = options.enable_mem_pattern = not lean
         # INT8 products must not saturate: on x86 without VNNI the default kernel adds pairs of products in 16 bits, and its
-        # worst output was off by 8.6 % of the largest; with this, by 1.3e-7, at the same speed within noise.
+        # worst output was off by 8.6 % of the largest; with this, by 1.3e-7, at up to 2.8 times the time (one noisy profile).
         options.add_session_config_entry("session.x64quantprecision", "1")
         disabled = ["ConstantFolding"] if lean else []
         if quantised:  # it merges the pairs of q, k and v, and a pair with several readers is not fused

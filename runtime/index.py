@@ -86,10 +86,21 @@ class Snapshot:
 class Index:
     """An open index. Safe to use while another process writes; one object belongs to one thread at a time."""
 
-    def __init__(self, folder: Path, catalogue: Catalogue, *, verify: bool, skip_damaged: bool, hold: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        catalogue: Catalogue,
+        *,
+        verify: bool,
+        skip_damaged: bool,
+        hold: int,
+        shard: tuple[int, int],
+    ) -> None:
+        if not 0 <= shard[0] < shard[1]:
+            raise UsageError(f"shard {shard} is not (i, of) with i from 0 to of - 1")
         self.folder = folder
         self.skip_damaged = skip_damaged
-        self._catalogue, self._verify, self._hold = catalogue, verify, hold
+        self._catalogue, self._verify, self._hold, self._shard = catalogue, verify, hold, shard
         about = catalogue.about()
         self.layout = Layout.from_json(json.loads(about["layout"]))
         self.fingerprint, self.bundle = about.get("fingerprint", ""), about.get("bundle", "")
@@ -112,7 +123,15 @@ class Index:
             Catalogue.create(staging, layout, {"fingerprint": fingerprint, "bundle": bundle})
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: bool = True, skip_damaged: bool = False, hold: int = 0) -> Index:
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        verify: bool = True,
+        skip_damaged: bool = False,
+        hold: int = 0,
+        shard: tuple[int, int] = (0, 1),
+    ) -> Index:
         """Open an index for reading.
 
         Args:
@@ -120,6 +139,8 @@ class Index:
             skip_damaged: serve what is sound and list the rest in ``snapshot().damaged``, rather than refuse.
             hold: copy the first so many vectors of every item into memory; the rest stays in mapped files, of which the
                 system keeps what it has room for.
+            shard: (i, of): serve the i-th (from 0) of so many equal ranges of rows, and open no other files. The k best
+                of all ranges are among the k best of each.
 
         Raises:
             UsageError: there is no index. BundleError: it is damaged.
@@ -129,7 +150,7 @@ class Index:
             raise UsageError(f"{folder} is no index: it has no {CATALOGUE}; metaembed-index makes one")
         catalogue = Catalogue(folder)
         try:
-            index = cls(folder, catalogue, verify=verify, skip_damaged=skip_damaged, hold=hold)
+            index = cls(folder, catalogue, verify=verify, skip_damaged=skip_damaged, hold=hold, shard=shard)
             index.snapshot()
         except BaseException:
             catalogue.close()
@@ -223,7 +244,7 @@ class Index:
         known = {part.number: part.segment for part in self._snapshot.parts}
         parts: list[Part] = []
         damaged: list[str] = []
-        for row in rows:
+        for row, alive in _in_shard(rows, *self._shard):
             try:
                 segment = known.get(row.number) or self._open_segment(row)
             except BundleError as error:
@@ -231,7 +252,7 @@ class Index:
                     raise
                 damaged.append(str(error))
                 continue
-            parts.append(Part(row.number, segment, row.alive, parts[-1].end if parts else 0))
+            parts.append(Part(row.number, segment, alive, parts[-1].end if parts else 0))
         return Snapshot(parts, damaged)
 
     def _open_segment(self, row: SegmentRow) -> Segment:
@@ -240,3 +261,17 @@ class Index:
         if self._hold:
             segment.hold(self._hold)
         return segment
+
+
+def _in_shard(rows: Sequence[SegmentRow], i: int, of: int) -> Iterator[tuple[SegmentRow, NDArray[np.bool_]]]:
+    """The segments that reach into a shard's range of rows, with the living rows that lie in it."""
+    total = sum(row.items for row in rows)
+    first, last = total * i // of, total * (i + 1) // of
+    start = 0
+    for row in rows:
+        begin, end = max(first - start, 0), min(last - start, row.items)
+        start += row.items
+        if begin < end:
+            alive = row.alive
+            alive[:begin] = alive[end:] = False
+            yield row, alive

@@ -118,6 +118,26 @@ def test_held_vectors_give_the_same_answers_without_their_file(folder, query):
     assert_same(hits, ranked({id_: item[:4] for id_, item in items.items()}, query, 5))
 
 
+@pytest.mark.parametrize("of", [1, 2, 3, 7])
+def test_shards_divide_the_items_and_their_best_are_the_best(folder, query, of):
+    items = fill(folder, 6, 13, 2)
+    with Index.open(folder).writer() as writer:
+        writer.delete(["item0002"])
+    del items["item0002"]
+    hits = []
+    sizes = []
+    for i in range(of):
+        with Index.open(folder, shard=(i, of)) as index:
+            sizes.append(len(index))
+            hits += index.search(query, 4, cascade=FULL)
+    assert sum(sizes) == 20
+    assert max(sizes) - min(sizes) <= 2
+    best = sorted(hits, key=lambda hit: (-hit.score, hit.id))[:4]
+    assert [hit.id for hit in best] == [id_ for id_, _ in ranked(items, query, 4)]
+    with pytest.raises(UsageError, match="is not"):
+        Index.open(folder, shard=(of, of))
+
+
 def test_int8_storage_ranks_by_its_codes(tmp_path, query):
     """Brute force over the dequantised codes."""
     Index.create(tmp_path / "index", Layout.for_vectors(D, R, "int8"))

@@ -24,7 +24,12 @@ setup(
         Extension(
             "metaembed.runtime._maxsim",
             ["runtime/_maxsim.c"],
-            depends=["runtime/_maxsim_width.h", "runtime/_maxsim_kernel.h"],
+            depends=[
+                "runtime/_maxsim_width.h",
+                "runtime/_maxsim_kernel.h",
+                "runtime/_maxsim_floats.h",
+                "runtime/_maxsim_dots.h",
+            ],
             extra_compile_args=["-O3", "-g0", "-std=gnu11"],
             optional=True,
         )

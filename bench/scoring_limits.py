@@ -6,17 +6,18 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.maxsim_native import thread_count
 
 from .records import Record
+from .timing import time_interleaved
 
 # Twelve chains of multiply-adds hide their latency; four sums do the same for loads. -march=native, unlike the kernels:
 # a limit is what the processor has, not what we use of it.
@@ -57,7 +58,9 @@ uint64_t read_memory(const char *data, int64_t bytes) {
 }
 """
 READ_BYTES = 1 << 29  # far beyond every cache
-ROUNDS = 7
+FLOP = 2e10
+PAUSE_S = 0.1  # threads of BLAS and of frameworks wait busily for a while after their work
+ROUNDS = 9
 
 
 def build_limits() -> ctypes.CDLL:
@@ -76,34 +79,49 @@ def build_limits() -> ctypes.CDLL:
     return library
 
 
-def measure_limits() -> Record:
-    """GFLOP/s of multiply-adds and of sgemm, and GB/s of reads; the best of some runs, for these are limits."""
-    library, threads = build_limits(), thread_count()
+@dataclass(frozen=True)
+class Limits:
+    """Loops that do nothing but the work that scoring cannot do without, on as many threads."""
+
+    library: ctypes.CDLL
+    threads: int
+    pool: ThreadPoolExecutor
+
+    @classmethod
+    def build(cls) -> Limits:
+        threads = thread_count()
+        return cls(build_limits(), threads, ThreadPoolExecutor(threads))
+
+    def multiply_add(self, flop: float) -> None:
+        """So many operations (two a multiply-add) in registers."""
+        rounds = max(1, round(flop / self.threads / self.library.multiply_adds(1)))
+        list(self.pool.map(self.library.multiply_adds, [rounds] * self.threads))
+
+    def read(self, memory: NDArray[np.generic]) -> None:
+        """Every byte of a contiguous array, once."""
+        share = memory.nbytes // self.threads // 4096 * 4096
+        starts = [memory.ctypes.data + i * share for i in range(self.threads)]
+        sizes = [share] * (self.threads - 1) + [memory.nbytes - share * (self.threads - 1)]
+        list(self.pool.map(self.library.read_memory, starts, sizes))
+
+
+def measure_limits(limits: Limits) -> Record:
+    """GFLOP/s of multiply-adds and of sgemm, and GB/s of reads: medians, of loops that take turns."""
     memory = np.ones(READ_BYTES // 8, np.uint64)
-    share = READ_BYTES // threads // 4096 * 4096
     a = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
-    with ThreadPoolExecutor(threads) as pool:
-
-        def work() -> float:
-            return sum(pool.map(library.multiply_adds, [1 << 22] * threads))
-
-        def read() -> float:
-            starts = [memory.ctypes.data + i * share for i in range(threads)]
-            list(pool.map(library.read_memory, starts, [share] * threads))
-            return float(share * threads)
-
-        return {
-            "threads": threads,
-            "peak_gflops": _best_rate(work) / 1e9,
-            "read_gb_s": _best_rate(read) / 1e9,
-            "sgemm_gflops": _best_rate(lambda: float((a @ a).size * 2 * len(a))) / 1e9,
-        }
-
-
-def _best_rate(run: Callable[[], float]) -> float:
-    best = 0.0
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        amount = run()
-        best = max(best, amount / (time.perf_counter() - start))
-    return best
+    timed = time_interleaved(
+        {
+            "multiply_adds": lambda: limits.multiply_add(FLOP),
+            "read": lambda: limits.read(memory),
+            "sgemm": lambda: a @ a,
+        },
+        rounds=ROUNDS,
+        pause_s=PAUSE_S,
+    )
+    return {
+        "threads": limits.threads,
+        "peak_gflops": FLOP / 1e6 / timed["multiply_adds"].median_ms,
+        "read_gb_s": memory.nbytes / 1e6 / timed["read"].median_ms,
+        "sgemm_gflops": 2 * len(a) ** 3 / 1e6 / timed["sgemm"].median_ms,
+        "timings": {name: timing.to_json() for name, timing in timed.items()},
+    }

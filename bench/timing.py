@@ -38,10 +38,18 @@ class Timing:
 
 
 def time_interleaved(
-    contestants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = WARMUP
+    contestants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = WARMUP, pause_s: float = 0
 ) -> dict[str, Timing]:
-    """Run every contestant once a round, in an order that turns by one each round; the first ``warmup`` rounds do not count."""
-    return summarise(contestants, lambda name: _seconds(contestants[name]), rounds=rounds, warmup=warmup)
+    """Run every contestant once a round, in an order that turns by one each round; the first ``warmup`` rounds do not count.
+
+    ``pause_s`` is slept before each run.
+    """
+
+    def measure(name: str) -> float:
+        time.sleep(pause_s)
+        return _seconds(contestants[name])
+
+    return summarise(contestants, measure, rounds=rounds, warmup=warmup)
 
 
 def summarise(

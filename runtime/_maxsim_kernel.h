@@ -13,178 +13,18 @@ typedef int8_t vs __attribute__((vector_size(WIDTH), aligned(1), may_alias));
 
 /* What a range of items needs beside its input and output. */
 typedef struct {
-    int few;        /* lanes are dims; else lanes are query vectors */
-    int64_t rows;   /* as packed: of few 1, 2 or a multiple of FEW_TALL, else a multiple of WIDTH */
-    int64_t stride; /* of `best`: rows, at least 4 */
-    vf *sums;       /* few rows: [FLAT][rows] lanes of a sum; many: [FLAT][rows / WIDTH] */
+    int64_t rows;   /* as packed: query vectors with padding */
+    int64_t stride; /* of `best`: rows, and what the last whole vector of maxima overhangs */
+    vf *sums;       /* few rows: [FLAT][rows] lanes of a sum; many: [FLAT][rows / WIDTH]; dots: [FLAT][tiles of rows] */
     float *best;    /* [BLOCK_ITEMS][stride] running maxima */
-    float *poison;  /* [BLOCK_ITEMS][WIDTH]: 0, or NaN for good after a NaN or an infinity, which a maximum could hide */
+    vf *poison;     /* 0, or NaN for good after a NaN or an infinity, which a maximum could hide */
 } Space;
 
-/* By intrinsics where there are some: GCC 12 makes scalar code of the conversion below, nine times slower on AVX2. */
-INLINE vf NAME(widen)(const char *codes) {
-#if defined(TARGET) && WIDTH == 8
-    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)codes)));
-#elif defined(TARGET) && WIDTH == 16
-    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
+#ifdef DOTS
+#include "_maxsim_dots.h"
 #else
-    return __builtin_convertvector(__builtin_convertvector(*(const vs *)codes, vi), vf);
+#include "_maxsim_floats.h"
 #endif
-}
-
-/* The h-th WIDTH dims of each half of a chunk. For bf16, two in a word, the halves are the even and the odd dims. */
-INLINE vf NAME(low)(const char *chunk, int h) {
-    if (STORAGE == F32) return *(const vf *)(chunk + 4 * h * WIDTH);
-    if (STORAGE == BF16) return (vf)(*(const vu *)(chunk + 4 * h * WIDTH) << 16);
-    return NAME(widen)(chunk + h * WIDTH);
-}
-
-INLINE vf NAME(high)(const char *chunk, int h, const int tight) {
-#if defined(TARGET) && WIDTH == 8 && STORAGE == BF16
-    if (tight) { /* two shifts where a mask would take the sixteenth register of a tile and spill a sum: 1.2 times as fast */
-        vu words = *(const vu *)(chunk + 4 * h * WIDTH) >> 16;
-        __asm__("" : "+x"(words)); /* or the compiler makes it a mask again */
-        return (vf)(words << 16);
-    }
-#endif
-    if (STORAGE == F32) return *(const vf *)(chunk + 4 * (h * WIDTH + CHUNK / 2));
-    if (STORAGE == BF16) return (vf)(*(const vu *)(chunk + 4 * h * WIDTH) & 0xffff0000u);
-    return NAME(widen)(chunk + h * WIDTH + CHUNK / 2);
-}
-
-/* Few rows: lanes are dims. sums[c][m] += products of query vector m and candidate c, lane by lane. */
-INLINE void NAME(few_tile)(const float *query, const char *const *candidates, int64_t chunks, vf *sums,
-                           int64_t rows, int fresh, const int tall, const int wide) {
-    const char *candidate[FEW_WIDE];
-    vf sum[FEW_WIDE * FEW_TALL], part[FEW_WIDE];
-    for (int c = 0; c < wide; c++) {
-        candidate[c] = candidates[c];
-        for (int m = 0; m < tall; m++) sum[c * tall + m] = fresh ? (vf){0} : sums[c * rows + m];
-    }
-    for (int64_t k = 0; k < chunks; k++, query += tall * CHUNK)
-        for (int h = 0; h < CHUNK / 2 / WIDTH; h++) {
-            for (int c = 0; c < wide; c++) part[c] = NAME(low)(candidate[c] + k * CHUNK * BYTES, h);
-            for (int m = 0; m < tall; m++) {
-                vf q = *(const vf *)(query + m * CHUNK + h * WIDTH);
-                for (int c = 0; c < wide; c++) sum[c * tall + m] += q * part[c];
-            }
-            RELOAD;
-            for (int c = 0; c < wide; c++) part[c] = NAME(high)(candidate[c] + k * CHUNK * BYTES, h, tall == FEW_TALL);
-            for (int m = 0; m < tall; m++) {
-                vf q = *(const vf *)(query + m * CHUNK + h * WIDTH + CHUNK / 2);
-                for (int c = 0; c < wide; c++) sum[c * tall + m] += q * part[c];
-            }
-            RELOAD;
-        }
-    for (int c = 0; c < wide; c++)
-        for (int m = 0; m < tall; m++) sums[c * rows + m] = sum[c * tall + m];
-}
-
-INLINE void NAME(few_tiles)(const float *query, const char *const *candidates, int count, int64_t chunks, vf *sums,
-                            int64_t rows, int fresh, const int tall, const int wide) {
-    int c = 0;
-    for (; c + wide <= count; c += wide)
-        NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, tall, wide);
-    for (; c < count; c++) NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, tall, 1);
-}
-
-static void NAME(few)(const Space *space, const float *query, int64_t query_stride, const char *const *candidates,
-                      int count, int64_t chunks, int fresh, int64_t ahead) {
-    const int64_t rows = space->rows;
-    vf *sums = space->sums;
-    for (int c = 0; c < count; c++)
-        for (int64_t k = 0; k < chunks * CHUNK * BYTES; k += LINE) __builtin_prefetch(candidates[c] + k + ahead, 0, 2);
-    if (rows == 1)
-        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, 1, 6);
-    else if (rows == 2)
-        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, 2, 3);
-    else
-        for (int64_t m = 0; m < rows; m += FEW_TALL, query += query_stride)
-            NAME(few_tiles)(query, candidates, count, chunks, sums + m, rows, fresh, FEW_TALL, 3);
-}
-
-/* Many rows: lanes are query vectors. sums[c][m] += query[m][k] * candidate[c][k] over some dims k. */
-INLINE void NAME(many_tile)(const float *query, int64_t query_stride, float (*candidates)[BLOCK_CHUNKS * CHUNK],
-                            int64_t dims, vf *sums, int64_t sums_stride, int fresh, const int tall, const int wide) {
-    vf sum[MANY_SUMS], q[2];
-    for (int c = 0; c < wide; c++)
-        for (int m = 0; m < tall; m++) sum[c * tall + m] = fresh ? (vf){0} : sums[c * sums_stride + m];
-    for (int64_t k = 0; k < dims; k++) {
-        for (int m = 0; m < tall; m++) q[m] = *(const vf *)(query + m * query_stride + k * WIDTH);
-        for (int c = 0; c < wide; c++)
-            for (int m = 0; m < tall; m++) sum[c * tall + m] += q[m] * candidates[c][k];
-    }
-    for (int c = 0; c < wide; c++)
-        for (int m = 0; m < tall; m++) sums[c * sums_stride + m] = sum[c * tall + m];
-}
-
-INLINE void NAME(many_tiles)(const float *query, int64_t query_stride, float (*candidates)[BLOCK_CHUNKS * CHUNK],
-                             int count, int64_t dims, vf *sums, int64_t stride, int fresh, const int tall) {
-    const int wide = MANY_SUMS / tall;
-    int c = 0;
-    for (; c + wide <= count; c += wide)
-        NAME(many_tile)(query, query_stride, candidates + c, dims, sums + c * stride, stride, fresh, tall, wide);
-    for (; c < count; c++)
-        NAME(many_tile)(query, query_stride, candidates + c, dims, sums + c * stride, stride, fresh, tall, 1);
-}
-
-static void NAME(many)(const Space *space, const float *query, int64_t query_stride, const char *const *candidates,
-                       int count, int64_t chunks, int fresh, int64_t ahead) {
-    float expanded[FLAT][BLOCK_CHUNKS * CHUNK] __attribute__((aligned(64)));
-    const int64_t stride = space->rows / WIDTH;
-    for (int c = 0; c < count; c++)
-        for (int64_t k = 0; k < chunks; k++) {
-            __builtin_prefetch(candidates[c] + k * CHUNK * BYTES + ahead, 0, 2);
-            for (int h = 0; h < CHUNK / 2 / WIDTH; h++) {
-                *(vf *)&expanded[c][k * CHUNK + h * WIDTH] = NAME(low)(candidates[c] + k * CHUNK * BYTES, h);
-                *(vf *)&expanded[c][k * CHUNK + h * WIDTH + CHUNK / 2] = NAME(high)(candidates[c] + k * CHUNK * BYTES, h, 0);
-            }
-        }
-    for (int64_t m = 0; m < stride; m += 2, query += 2 * query_stride)
-        if (m + 1 < stride)
-            NAME(many_tiles)(query, query_stride, expanded, count, chunks * CHUNK, space->sums + m, stride, fresh, 2);
-        else
-            NAME(many_tiles)(query, query_stride, expanded, count, chunks * CHUNK, space->sums + m, stride, fresh, 1);
-}
-
-/* Adds the products of all rows with up to FLAT candidates over some chunks; `ahead`: bytes to where to prefetch. */
-INLINE void NAME(products)(const Task *task, const Space *space, int64_t chunk, int64_t chunks,
-                           const char *const *candidates, int count, int64_t ahead) {
-    const int64_t tall = space->few ? MIN(space->rows, FEW_TALL) : WIDTH;
-    const float *query = task->packed + chunk * CHUNK * tall;
-    const int64_t stride = (task->dims + CHUNK - 1) / CHUNK * CHUNK * tall;
-    if (space->few)
-        NAME(few)(space, query, stride, candidates, count, chunks, chunk == 0, ahead);
-    else
-        NAME(many)(space, query, stride, candidates, count, chunks, chunk == 0, ahead);
-}
-
-/* The lanes of four sums added up. */
-INLINE v4 NAME(totals)(vf a, vf b, vf c, vf d) {
-    vf ab = INTERLEAVE_LOW(a, b) + INTERLEAVE_HIGH(a, b); /* a b a b in every four lanes */
-    vf cd = INTERLEAVE_LOW(c, d) + INTERLEAVE_HIGH(c, d);
-    vf quads = PAIR_LOW(ab, cd) + PAIR_HIGH(ab, cd); /* a b c d in every four lanes */
-    v4 total = *(const v4 *)&quads;
-    for (int i = 4; i < WIDTH; i += 4) total += *(const v4 *)((const float *)&quads + i);
-    return total;
-}
-
-/* Folds the finished sums of one candidate into its item's running maxima. */
-INLINE void NAME(fold)(const Space *space, const vf *sums, float scale, float *best, float *poison) {
-    if (space->few) {
-        const int two = space->rows > 1, four = space->rows > 2; /* the lanes of rows that are not there go unread */
-        for (int64_t m = 0; m < space->rows; m += 4, sums += 4, best += 4) {
-            v4 dots = NAME(totals)(sums[0], sums[two], sums[2 * four], sums[3 * four]) * scale;
-            *(v4 *)poison += dots - dots;
-            *(v4 *)best = LARGER(dots, *(v4 *)best, v4, v4i);
-        }
-    } else
-        for (int64_t m = 0; m < space->rows / WIDTH; m++, best += WIDTH) {
-            vf dots = sums[m] * scale;
-            *(vf *)poison += dots - dots;
-            *(vf *)best = LARGER(dots, *(vf *)best, vf, vi);
-        }
-}
 
 /* Scores up to FLAT consecutive vectors of a group, `vector` being counted over all items. */
 static void NAME(flat)(const Task *task, const Space *space, const Group *group, int64_t first_item, int64_t vector,
@@ -194,8 +34,8 @@ static void NAME(flat)(const Task *task, const Space *space, const Group *group,
     int64_t items[FLAT], item = vector / group->vectors, j = vector % group->vectors;
     float scales[FLAT];
     const int64_t whole = task->dims / CHUNK, rest = task->dims % CHUNK;
-    /* What follows is read next, unless the items are chosen ones. */
-    const int64_t ahead = task->chosen && group->vectors < 2 * FLAT ? 0 : FLAT * task->dims * BYTES;
+    /* What follows is read next, unless the items are chosen ones; what lies closer is on its way already. */
+    const int64_t ahead = task->chosen && group->vectors < 2 * FLAT ? 0 : MAX(FLAT * task->dims * BYTES, NEAR);
     for (int c = 0; c < count; c++) {
         const int64_t row = task->chosen ? task->chosen[item] : item;
         candidates[c] = (const char *)group->data + (row * group->item_stride + j * task->dims) * BYTES;
@@ -203,8 +43,8 @@ static void NAME(flat)(const Task *task, const Space *space, const Group *group,
         items[c] = item - first_item;
         if (++j == group->vectors) item++, j = 0;
     }
-    for (int64_t k = 0; k < whole; k += BLOCK_CHUNKS) {
-        int64_t chunks = MIN(BLOCK_CHUNKS, whole - k);
+    for (int64_t k = 0; k < whole; k += STEP_CHUNKS) {
+        int64_t chunks = MIN(STEP_CHUNKS, whole - k);
         NAME(products)(task, space, k, chunks, candidates, count, ahead);
         for (int c = 0; c < count; c++) candidates[c] += chunks * CHUNK * BYTES;
     }
@@ -213,38 +53,42 @@ static void NAME(flat)(const Task *task, const Space *space, const Group *group,
         for (int c = 0; c < count; c++) tails[c] = memcpy(tail[c], candidates[c], rest * BYTES);
         NAME(products)(task, space, whole, 1, tails, count, 0);
     }
-    const int64_t sums = space->few ? space->rows : space->rows / WIDTH;
+    const int64_t sums = NAME(sums)(task);
     for (int c = 0; c < count; c++)
-        NAME(fold)(space, space->sums + c * sums, scales[c], space->best + items[c] * space->stride,
-                   space->poison + items[c] * WIDTH);
+        NAME(fold)(task, space->sums + c * sums, scales[c], space->best + items[c] * space->stride, (float *)space->poison);
 }
 
 static void NAME(block)(const Task *task, const Space *space, int64_t first, int64_t last) {
     for (int64_t i = 0; i < (last - first) * space->stride; i++) space->best[i] = -INFINITY;
-    memset(space->poison, 0, (last - first) * WIDTH * sizeof(float));
+    *space->poison = (vf){0};
     for (int64_t g = 0; g < task->group_count; g++) {
         const Group *group = &task->groups[g];
         for (int64_t v = first * group->vectors; v < last * group->vectors; v += FLAT)
             NAME(flat)(task, space, group, first, v, MIN(FLAT, last * group->vectors - v));
     }
+    float poison = 0;
+    for (int i = 0; i < WIDTH; i++) poison += ((const float *)space->poison)[i];
+    if (isnan(poison) && last - first > 1) { /* rare: find the item */
+        for (int64_t item = first; item < last; item++) NAME(block)(task, space, item, item + 1);
+        return;
+    }
     for (int64_t item = first; item < last; item++) {
-        const float *best = space->best + (item - first) * space->stride, *poison = space->poison + (item - first) * WIDTH;
+        const float *best = space->best + (item - first) * space->stride;
         for (int64_t query = 0; query < task->queries; query++, best += task->vectors) {
-            float score = 0;
+            float score = poison;
             for (int64_t r = 0; r < task->vectors; r++) score += best[r];
-            for (int i = 0; i < WIDTH; i++) score += poison[i];
             task->scores[query * task->score_stride + item] = score;
         }
     }
 }
 
 static int NAME(maxsim)(const Task *task, int64_t first, int64_t last) {
-    const int64_t rows = task->rows, stride = MAX(rows, 4);
-    const size_t sums = FLAT * MAX(rows * sizeof(vf), 4 * sizeof(vf)), best = BLOCK_ITEMS * stride * sizeof(float);
+    const int64_t stride = MAX(task->rows, 8);
+    const size_t sums = FLAT * MAX(NAME(sums)(task), 4) * sizeof(vf), best = BLOCK_ITEMS * stride * sizeof(float);
     char *memory = NULL;
-    if (posix_memalign((void **)&memory, LINE, sums + best + BLOCK_ITEMS * WIDTH * sizeof(float)))
+    if (posix_memalign((void **)&memory, LINE, sums + best + sizeof(vf)))
         return NO_MEMORY;
-    const Space space = {task->few, rows, stride, (vf *)memory, (float *)(memory + sums), (float *)(memory + sums + best)};
+    const Space space = {task->rows, stride, (vf *)memory, (float *)(memory + sums), (vf *)(memory + sums + best)};
     for (int64_t item = first; item < last; item += BLOCK_ITEMS)
         NAME(block)(task, &space, item, MIN(item + BLOCK_ITEMS, last));
     free(memory);

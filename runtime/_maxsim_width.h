@@ -1,4 +1,4 @@
-/* The kernels of one vector width (WIDTH floats), for every storage type. */
+/* The kernels of one vector width (WIDTH floats) for every storage type, or with DOTS for that one. */
 #ifdef TARGET
 #ifdef __clang__
 PRAGMA(clang attribute push(__attribute__((target(TARGET))), apply_to = function))
@@ -30,21 +30,27 @@ PRAGMA(GCC target(TARGET))
 #define PAIR_HIGH(x, y) SHUFFLE(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
 #endif
 
+#if !defined(DOTS) || DOTS == BF16
 #define STORAGE BF16
 #define STORAGE_NAME bf16
 #include "_maxsim_kernel.h"
 #undef STORAGE
 #undef STORAGE_NAME
+#endif
+#if !defined(DOTS)
 #define STORAGE F32
 #define STORAGE_NAME f32
 #include "_maxsim_kernel.h"
 #undef STORAGE
 #undef STORAGE_NAME
+#endif
+#if !defined(DOTS) || DOTS == INT8
 #define STORAGE INT8
 #define STORAGE_NAME int8
 #include "_maxsim_kernel.h"
 #undef STORAGE
 #undef STORAGE_NAME
+#endif
 
 #ifdef TARGET
 #ifdef __clang__

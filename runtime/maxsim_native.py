@@ -19,18 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .int8 import Int8Vectors
+from .maxsim_pack import BF16, F32, INT8, pack
 
-# As in _maxsim.c: dims in one step, and the rows of a tile whose lanes are dims.
-CHUNK, FEW_TALL = 32, 4
-INTERFACE = 3
-# Rows (query vectors) up to which lanes are dims: 8, and 16 where vectors are long. Beyond, lanes are query vectors, which
-# needs no sum over lanes but candidates widened beforehand: 7 % slower for 16 rows of 3584 dims, as much faster at 128.
-FEW, FEW_IF_LONG, LONG = 8, 16, 1024
+INTERFACE = 4
 # Queries scored in one pass over the candidates: more rows would no longer stay in a core's cache (43 against 76 GFLOP/s
 # for 2048 rows of 3584 dims).
 PASS_ROWS = 128
 BLOCK_ITEMS = 96
-STORAGE = {np.dtype(ml_dtypes.bfloat16): 0, np.dtype(np.float32): 1, np.dtype(np.int8): 2}
+STORAGE = {np.dtype(ml_dtypes.bfloat16): BF16, np.dtype(np.float32): F32, np.dtype(np.int8): INT8}
 # Multiply-adds below which waking threads (about 50 us) costs more than it saves.
 SMALL_TASK = 1 << 20
 SHARES_PER_THREAD = 8  # so that a thread that was held up leaves work to the others
@@ -49,7 +45,10 @@ class _Group(ctypes.Structure):
 class _Task(ctypes.Structure):
     _fields_ = (
         ("packed", ctypes.c_void_p),
-        ("few", ctypes.c_int64),
+        ("starts", ctypes.c_void_p),
+        ("units", ctypes.c_void_p),
+        ("layout", ctypes.c_int64),
+        ("tile", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("queries", ctypes.c_int64),
         ("vectors", ctypes.c_int64),
@@ -127,35 +126,19 @@ def _score_pass(
     assert kernels is not None
     (q, r_q, d), n = queries.shape, scores.shape[1]
     storage = STORAGE[_values(groups[0]).dtype]
-    packed, few, rows = pack(queries, storage == 0, kernels.metaembed_vector_width())
+    packed = pack(
+        queries, storage, kernels.metaembed_vector_width(), dots=bool(kernels.metaembed_dots() >> storage & 1)
+    )
     address = None if chosen is None else chosen.ctypes.data
-    task = _Task(packed.ctypes.data, few, rows, q, r_q, d, structs, len(groups), address, scores.ctypes.data, n)
+    task = _Task(*packed.fields(), q, r_q, d, structs, len(groups), address, scores.ctypes.data, n)
 
     def run(first: int, last: int) -> int:
         return int(kernels.metaembed_maxsim(storage, ctypes.byref(task), first, last))
 
-    work = n * rows * d * sum(group.shape[1] for group in groups)
+    work = n * packed.rows * d * sum(group.shape[1] for group in groups)
     threads = 1 if work < SMALL_TASK else thread_count()
     if run(0, n) if threads == 1 else _share_out(run, n, threads):
         raise MemoryError("no memory for the work space of a MaxSim kernel")
-
-
-def pack(queries: NDArray[np.float32], interleaved: bool, width: int) -> tuple[NDArray[np.float32], bool, int]:
-    """Queries (q, r_q, d) as the kernels read them, zero-padded; whether they are few; the number of rows with padding.
-
-    Few rows: [rows / tall][chunks][tall][32]; more: [rows / width][dims][width]. For bf16, even dims of a chunk come first.
-    """
-    count, dims = queries.shape[0] * queries.shape[1], queries.shape[2]
-    few = count <= (FEW_IF_LONG if dims >= LONG else FEW)
-    tall = min(count, FEW_TALL) if count != 3 else FEW_TALL
-    rows = -(-count // (tall if few else width)) * (tall if few else width)
-    padded = np.zeros((rows, -(-dims // CHUNK) * CHUNK), np.float32)
-    padded[:count, :dims] = queries.reshape(count, dims)
-    if interleaved:
-        padded = padded.reshape(rows, -1, CHUNK // 2, 2).swapaxes(2, 3).reshape(rows, -1)
-    if few:
-        return _aligned_copy(padded.reshape(rows // tall, tall, -1, CHUNK).swapaxes(1, 2)), few, rows
-    return _aligned_copy(padded.reshape(rows // width, width, -1).swapaxes(1, 2)), few, rows
 
 
 def _share_out(run: Any, items: int, threads: int) -> bool:
@@ -167,15 +150,6 @@ def _share_out(run: Any, items: int, threads: int) -> bool:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="maxsim")
-
-
-def _aligned_copy(array: NDArray[np.float32]) -> NDArray[np.float32]:
-    # On a cache line: loads that straddle two lines halve the speed of the kernels' inner loop.
-    memory = np.empty(array.nbytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    copy = memory[start : start + array.nbytes].view(np.float32).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 def _values(group: NDArray[Any] | Int8Vectors) -> NDArray[Any]:

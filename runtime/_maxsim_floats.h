@@ -1,0 +1,170 @@
+/* Products in float32: lanes are dims for few rows, query vectors for more. Included by _maxsim_kernel.h. */
+#undef STEP_CHUNKS
+#define STEP_CHUNKS BLOCK_CHUNKS
+
+INLINE int64_t NAME(sums)(const Task *task) { return task->layout == FEW ? task->rows : task->rows / WIDTH; }
+
+/* By intrinsics where there are some: GCC 12 makes scalar code of the conversion below, nine times slower on AVX2. */
+INLINE vf NAME(widen)(const char *codes) {
+#if defined(TARGET) && WIDTH == 8
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)codes)));
+#elif defined(TARGET) && WIDTH == 16
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(*(const vs *)codes, vi), vf);
+#endif
+}
+
+/* The h-th WIDTH dims of each half of a chunk. For bf16, two in a word, the halves are the even and the odd dims. */
+INLINE vf NAME(low)(const char *chunk, int h) {
+    if (STORAGE == F32) return *(const vf *)(chunk + 4 * h * WIDTH);
+    if (STORAGE == BF16) return (vf)(*(const vu *)(chunk + 4 * h * WIDTH) << 16);
+    return NAME(widen)(chunk + h * WIDTH);
+}
+
+INLINE vf NAME(high)(const char *chunk, int h, const int tight) {
+#if defined(TARGET) && WIDTH == 8 && STORAGE == BF16
+    if (tight) { /* two shifts where a mask would take the sixteenth register of a tile and spill a sum: 1.2 times as fast */
+        vu words = *(const vu *)(chunk + 4 * h * WIDTH) >> 16;
+        __asm__("" : "+x"(words)); /* or the compiler makes it a mask again */
+        return (vf)(words << 16);
+    }
+#endif
+    if (STORAGE == F32) return *(const vf *)(chunk + 4 * (h * WIDTH + CHUNK / 2));
+    if (STORAGE == BF16) return (vf)(*(const vu *)(chunk + 4 * h * WIDTH) & 0xffff0000u);
+    return NAME(widen)(chunk + h * WIDTH + CHUNK / 2);
+}
+
+/* Few rows: lanes are dims. sums[c][m] += products of query vector m and candidate c, lane by lane. */
+INLINE void NAME(few_tile)(const float *query, const char *const *candidates, int64_t chunks, vf *sums,
+                           int64_t rows, int fresh, const int tall, const int wide) {
+    const char *candidate[FEW_WIDE];
+    vf sum[FEW_WIDE * FEW_TALL], part[FEW_WIDE];
+    for (int c = 0; c < wide; c++) {
+        candidate[c] = candidates[c];
+        for (int m = 0; m < tall; m++) sum[c * tall + m] = fresh ? (vf){0} : sums[c * rows + m];
+    }
+    for (int64_t k = 0; k < chunks; k++, query += tall * CHUNK)
+        for (int h = 0; h < CHUNK / 2 / WIDTH; h++) {
+            for (int c = 0; c < wide; c++) part[c] = NAME(low)(candidate[c] + k * CHUNK * BYTES, h);
+            for (int m = 0; m < tall; m++) {
+                vf q = *(const vf *)(query + m * CHUNK + h * WIDTH);
+                for (int c = 0; c < wide; c++) sum[c * tall + m] += q * part[c];
+            }
+            RELOAD;
+            for (int c = 0; c < wide; c++) part[c] = NAME(high)(candidate[c] + k * CHUNK * BYTES, h, tall == FEW_TALL);
+            for (int m = 0; m < tall; m++) {
+                vf q = *(const vf *)(query + m * CHUNK + h * WIDTH + CHUNK / 2);
+                for (int c = 0; c < wide; c++) sum[c * tall + m] += q * part[c];
+            }
+            RELOAD;
+        }
+    for (int c = 0; c < wide; c++)
+        for (int m = 0; m < tall; m++) sums[c * rows + m] = sum[c * tall + m];
+}
+
+INLINE void NAME(few_tiles)(const float *query, const char *const *candidates, int count, int64_t chunks, vf *sums,
+                            int64_t rows, int fresh, const int tall, const int wide) {
+    int c = 0;
+    for (; c + wide <= count; c += wide)
+        NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, tall, wide);
+    for (; c < count; c++) NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, tall, 1);
+}
+
+static void NAME(few)(const Space *space, const float *query, int64_t query_stride, const char *const *candidates,
+                      int count, int64_t chunks, int fresh, int64_t ahead) {
+    const int64_t rows = space->rows;
+    vf *sums = space->sums;
+    for (int c = 0; c < count; c++)
+        for (int64_t k = 0; k < chunks * CHUNK * BYTES; k += LINE) __builtin_prefetch(candidates[c] + k + ahead, 0, 2);
+    if (rows == 1)
+        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, 1, 6);
+    else if (rows == 2)
+        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, 2, 3);
+    else
+        for (int64_t m = 0; m < rows; m += FEW_TALL, query += query_stride)
+            NAME(few_tiles)(query, candidates, count, chunks, sums + m, rows, fresh, FEW_TALL, 3);
+}
+
+/* Many rows: lanes are query vectors. sums[c][m] += query[m][k] * candidate[c][k] over some dims k. */
+INLINE void NAME(many_tile)(const float *query, int64_t query_stride, float (*candidates)[BLOCK_CHUNKS * CHUNK],
+                            int64_t dims, vf *sums, int64_t sums_stride, int fresh, const int tall, const int wide) {
+    vf sum[MANY_SUMS], q[2];
+    for (int c = 0; c < wide; c++)
+        for (int m = 0; m < tall; m++) sum[c * tall + m] = fresh ? (vf){0} : sums[c * sums_stride + m];
+    for (int64_t k = 0; k < dims; k++) {
+        for (int m = 0; m < tall; m++) q[m] = *(const vf *)(query + m * query_stride + k * WIDTH);
+        for (int c = 0; c < wide; c++)
+            for (int m = 0; m < tall; m++) sum[c * tall + m] += q[m] * candidates[c][k];
+    }
+    for (int c = 0; c < wide; c++)
+        for (int m = 0; m < tall; m++) sums[c * sums_stride + m] = sum[c * tall + m];
+}
+
+INLINE void NAME(many_tiles)(const float *query, int64_t query_stride, float (*candidates)[BLOCK_CHUNKS * CHUNK],
+                             int count, int64_t dims, vf *sums, int64_t stride, int fresh, const int tall) {
+    const int wide = MANY_SUMS / tall;
+    int c = 0;
+    for (; c + wide <= count; c += wide)
+        NAME(many_tile)(query, query_stride, candidates + c, dims, sums + c * stride, stride, fresh, tall, wide);
+    for (; c < count; c++)
+        NAME(many_tile)(query, query_stride, candidates + c, dims, sums + c * stride, stride, fresh, tall, 1);
+}
+
+static void NAME(many)(const Space *space, const float *query, int64_t query_stride, const char *const *candidates,
+                       int count, int64_t chunks, int fresh, int64_t ahead) {
+    float expanded[FLAT][BLOCK_CHUNKS * CHUNK] __attribute__((aligned(64)));
+    const int64_t stride = space->rows / WIDTH;
+    for (int c = 0; c < count; c++)
+        for (int64_t k = 0; k < chunks; k++) {
+            __builtin_prefetch(candidates[c] + k * CHUNK * BYTES + ahead, 0, 2);
+            for (int h = 0; h < CHUNK / 2 / WIDTH; h++) {
+                *(vf *)&expanded[c][k * CHUNK + h * WIDTH] = NAME(low)(candidates[c] + k * CHUNK * BYTES, h);
+                *(vf *)&expanded[c][k * CHUNK + h * WIDTH + CHUNK / 2] = NAME(high)(candidates[c] + k * CHUNK * BYTES, h, 0);
+            }
+        }
+    for (int64_t m = 0; m < stride; m += 2, query += 2 * query_stride)
+        if (m + 1 < stride)
+            NAME(many_tiles)(query, query_stride, expanded, count, chunks * CHUNK, space->sums + m, stride, fresh, 2);
+        else
+            NAME(many_tiles)(query, query_stride, expanded, count, chunks * CHUNK, space->sums + m, stride, fresh, 1);
+}
+
+/* Adds the products of all rows with up to FLAT candidates over some chunks; `ahead`: bytes to where to prefetch. */
+INLINE void NAME(products)(const Task *task, const Space *space, int64_t chunk, int64_t chunks,
+                           const char *const *candidates, int count, int64_t ahead) {
+    const int64_t tall = task->layout == FEW ? MIN(space->rows, FEW_TALL) : WIDTH;
+    const float *query = (const float *)task->packed + chunk * CHUNK * tall;
+    const int64_t stride = (task->dims + CHUNK - 1) / CHUNK * CHUNK * tall;
+    if (task->layout == FEW)
+        NAME(few)(space, query, stride, candidates, count, chunks, chunk == 0, ahead);
+    else
+        NAME(many)(space, query, stride, candidates, count, chunks, chunk == 0, ahead);
+}
+
+/* The lanes of four sums added up. */
+INLINE v4 NAME(totals)(vf a, vf b, vf c, vf d) {
+    vf ab = INTERLEAVE_LOW(a, b) + INTERLEAVE_HIGH(a, b); /* a b a b in every four lanes */
+    vf cd = INTERLEAVE_LOW(c, d) + INTERLEAVE_HIGH(c, d);
+    vf quads = PAIR_LOW(ab, cd) + PAIR_HIGH(ab, cd); /* a b c d in every four lanes */
+    v4 total = *(const v4 *)&quads;
+    for (int i = 4; i < WIDTH; i += 4) total += *(const v4 *)((const float *)&quads + i);
+    return total;
+}
+
+/* Folds the finished sums of one candidate into its item's running maxima. */
+INLINE void NAME(fold)(const Task *task, const vf *sums, float scale, float *best, float *poison) {
+    if (task->layout == FEW) {
+        const int two = task->rows > 1, four = task->rows > 2; /* the lanes of rows that are not there go unread */
+        for (int64_t m = 0; m < task->rows; m += 4, sums += 4, best += 4) {
+            v4 dots = NAME(totals)(sums[0], sums[two], sums[2 * four], sums[3 * four]) * scale;
+            *(v4 *)poison += dots - dots;
+            *(v4 *)best = LARGER(dots, *(v4 *)best, v4, v4i);
+        }
+    } else
+        for (int64_t m = 0; m < task->rows / WIDTH; m++, best += WIDTH) {
+            vf dots = sums[m] * scale;
+            *(vf *)poison += dots - dots;
+            *(vf *)best = LARGER(dots, *(vf *)best, vf, vi);
+        }
+}

@@ -24,10 +24,8 @@ from .screen import may_be_best
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 5  # a search starts again when `compact` removed its survivors' rows; compactions are minutes apart
-# A filter that leaves fewer than this share is scored row by row, else over everything and then applied.
-SELECTIVE = 0.1
-
-WORTH_SCREENING = 0.5  # beyond this share of survivors, scanning all is cheaper than picking
+# Up to this share of the items, picking them row by row takes 0.4 to 0.95 of the time of scanning all, whatever the budget.
+WORTH_PICKING = 0.3
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def _score(
 ) -> list[_Scored]:
     """Score the living items of a pool (None: all), and keep what may be among the best, from every part."""
     queries = np.ascontiguousarray(queries)
-    if pool is not None and len(pool) < SELECTIVE * sum(part.segment.items for part in snapshot.parts):
+    if pool is not None and len(pool) <= WORTH_PICKING * sum(part.segment.items for part in snapshot.parts):
         pool = np.sort(pool)
         work = [(part, pool[mask] - part.start) for part, mask in snapshot.split(pool)]
         return [_contenders(part, *_score_rows(index, part, queries, vectors, rows), keep) for part, rows in work]
@@ -159,7 +157,7 @@ def _screened(
         log.warning("scored without the screen: %s", part.segment.damage(damaged))
         return None
     rows = may_be_best(queries[0], screen, np.flatnonzero(alive), keep)
-    return rows if len(rows) < WORTH_SCREENING * part.segment.items else None
+    return rows if len(rows) <= WORTH_PICKING * part.segment.items else None
 
 
 def _score_rows(index: Index, part: Part, queries: Floats, vectors: int, rows: Rows) -> tuple[Rows, Floats]:

@@ -173,6 +173,8 @@ class Segment:
     def _check_group(self, group: int, rows: Rows | None) -> Rows:
         # Rows once found good are not read again.
         todo = np.flatnonzero(~self._checked[:, group]) if rows is None else rows[~self._checked[rows, group]]
+        if not len(todo):
+            return todo
         self._will_need(group, todo)
         codes, scales = _parts(self._group(group))
         crcs = np.array([item_crc(codes, scales, row) for row in todo.tolist()], np.uint32)

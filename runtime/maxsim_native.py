@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -136,15 +137,29 @@ def _score_pass(
         return int(kernels.metaembed_maxsim(storage, ctypes.byref(task), first, last))
 
     work = n * packed.rows * d * sum(group.shape[1] for group in groups)
-    threads = 1 if work < SMALL_TASK else thread_count()
-    if run(0, n) if threads == 1 else _share_out(run, n, threads):
+    threads = min(thread_count(), -(-work // SMALL_TASK))
+    shares = min(threads * SHARES_PER_THREAD, -(-work // SMALL_TASK))
+    if run(0, n) if threads <= 1 else _share_out(run, n, threads, shares):
         raise MemoryError("no memory for the work space of a MaxSim kernel")
 
 
-def _share_out(run: Any, items: int, threads: int) -> bool:
-    share = max(1, items // (threads * SHARES_PER_THREAD * BLOCK_ITEMS)) * BLOCK_ITEMS
-    starts = range(0, items, share)
-    return any(list(_pool(threads).map(run, starts, (min(start + share, items) for start in starts))))
+def _share_out(run: Callable[[int, int], int], items: int, threads: int, shares: int) -> bool:
+    """Run ranges of items on this thread and on others, each taking the next when it is done; True when one failed."""
+    step = -(-items // (shares * BLOCK_ITEMS)) * BLOCK_ITEMS
+    starts = deque(range(0, items, step))
+
+    def take() -> bool:
+        failed = False
+        while True:
+            try:
+                start = starts.popleft()
+            except IndexError:
+                return failed
+            failed |= bool(run(start, min(start + step, items)))
+
+    others = [_pool(threads).submit(take) for _ in range(threads - 1)]
+    failed = take()
+    return any([failed, *(other.result() for other in others if not other.cancel())])
 
 
 @cache

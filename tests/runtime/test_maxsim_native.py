@@ -149,7 +149,7 @@ def test_threads_give_the_scores_of_one_thread(monkeypatch):
     monkeypatch.setattr(maxsim_native, "thread_count", lambda: 1)
     expected = maxsim_native.score(queries, [candidates])
     monkeypatch.setattr(maxsim_native, "thread_count", lambda: 3)
-    monkeypatch.setattr(maxsim_native, "SMALL_TASK", 0)
+    monkeypatch.setattr(maxsim_native, "SMALL_TASK", 1)
     np.testing.assert_array_equal(maxsim_native.score(queries, [candidates]), expected)
 
 

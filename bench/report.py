@@ -10,16 +10,18 @@ from .records import Record
 from .report_advice import CANDIDATES, LATENCY_MS, make_advice
 from .report_page import page
 from .report_plots import PLOTS, Plot
-from .report_tables import TABLES, Table
+from .report_tables import TABLES
 from .report_theme import save_png, themed, to_svg
+from .table import Table
 
 # The page, top to bottom: a heading, and the plots and tables below it. What was not measured is left out.
 SECTIONS = (
     ("Quality", ("quality",), ("demo_quality",)),
     ("The paper's claims, tested again", ("claims", "tradeoff"), ("claims", "verdicts")),
-    ("Scoring and the index", ("latency", "memory", "roofline"), ("efficiency",)),
+    ("Scoring and the index", ("latency", "memory", "roofline"), ("scoring", "int8", "cascades", "efficiency")),
     ("Encoding", ("encoder",), ("encoder_race", "encoder_costs")),
     ("Parity and quantisation", ("parity", "sensitivity"), ()),
+    ("Exporting", (), ("exports",)),
 )
 
 

@@ -14,7 +14,7 @@ from metaembed.runtime.plan_device import GIB
 
 from .records import Record
 from .report_plots import of_kind
-from .report_tables import Table
+from .table import Table
 
 CANDIDATES, LATENCY_MS = 1_000_000, 200.0
 DEVICES = ("orin-64gb", "thor", "a100", "h100")

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from metaembed.runtime.errors import UsageError
 
 from .records import Record
 from .report_plots import group, of_kind
+from .table import Table, TableKind, to_markdown
+from .tables_cost import make_exports
+from .tables_scoring import make_cascades, make_int8, make_scoring
 
 MARKER = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 MISSING = "_Not measured yet._\n"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text; the first column is words, the others figures. ``note`` is a sentence below."""
-
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class TableKind:
-    name: str
-    title: str
-    make: Callable[[Sequence[Record]], Table | None]
 
 
 def make_demo_quality(records: Sequence[Record]) -> Table | None:
@@ -156,17 +142,15 @@ TABLES = {
         TableKind("demo_quality", "Quality by budget", make_demo_quality),
         TableKind("claims", "The paper's claims, on the demo", make_claims),
         TableKind("verdicts", "Which claims held here", make_verdicts),
+        TableKind("scoring", "MaxSim against the machine and other libraries", make_scoring),
+        TableKind("int8", "The int8 first pass", make_int8),
+        TableKind("cascades", "Cascades against the full scan", make_cascades),
+        TableKind("exports", "What an export costs", make_exports),
         TableKind("efficiency", "Scoring: cost, time here, and limits elsewhere", make_efficiency),
         TableKind("encoder_costs", "Encoding: cost and limits", make_encoder_costs),
         TableKind("encoder_race", "Encoding: measured here", make_encoder_race),
     )
 }
-
-
-def to_markdown(table: Table) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in (table.head, *table.rows)]
-    lines.insert(1, "|" + "|".join(["---"] + ["---:"] * (len(table.head) - 1)) + "|")
-    return "\n".join(lines) + "\n" + (f"\n{table.note}\n" if table.note else "")
 
 
 def fill_tables(text: str, records: Sequence[Record]) -> str:

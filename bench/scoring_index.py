@@ -29,7 +29,14 @@ from .records import Record
 from .scoring import stored_candidates, unit_vectors
 from .timing import time_interleaved
 
-CASCADES = (("1,1:1000", "16,64"), ("1,1:10000", "16,64"), ("4,8:1000", "16,64"), ("1,1:20000", "4,8:1000", "16,64"))
+CASCADES = (
+    ("1,1:1000", "16,64"),
+    ("1,1:3000", "16,64"),
+    ("1,1:10000", "16,64"),
+    ("2,4:1000", "16,64"),
+    ("4,8:1000", "16,64"),
+    ("1,1:20000", "4,8:1000", "16,64"),
+)
 QUERIES = 100
 K = 10
 ADD_BYTES = 1 << 28
@@ -165,29 +172,23 @@ def measure_kills(kills: int, items: int, folder: Path | None) -> Record:
     Its standard output, written after each `add` returned, is the record of what was acknowledged.
     """
     rng = random.Random(0)
-    acknowledged: list[str] = []
-    problems: list[str] = []
-    done = 0
+    totals = {"kills": 0, "indexes": 0, "acknowledged": 0, "lost": 0, "twice": 0, "damaged": 0}
     with _temporary(folder) as made:
-        while done < kills:
+        while totals["kills"] < kills:
             shutil.rmtree(made, ignore_errors=True)
             Index.create(made, Layout.for_vectors(128, 64))
-            acknowledged = []
-            while len(set(acknowledged)) < items and done < kills:
-                acknowledged += _run_and_kill(made, items, done, rng)
-                done += 1
+            acknowledged: set[str] = set()
+            while len(acknowledged) < items and totals["kills"] < kills:
+                acknowledged |= set(_run_and_kill(made, items, totals["kills"], rng))
+                totals["kills"] += 1
                 with Index.open(made) as index:
-                    problems += index.verify()
-        with Index.open(made) as index, index.writer() as writer:
-            lost = len(set(acknowledged) - writer.known(acknowledged))
-            return {
-                "kills": done,
-                "items": items,
-                "acknowledged": len(set(acknowledged)),
-                "lost": lost,
-                "damaged": len(problems),
-                "twice": len(index) - len(writer.known([f"item{i}" for i in range(2 * items)])),
-            }
+                    totals["damaged"] += len(index.verify())
+            with Index.open(made) as index, index.writer() as writer:
+                totals["indexes"] += 1
+                totals["acknowledged"] += len(acknowledged)
+                totals["lost"] += len(acknowledged - writer.known(acknowledged))
+                totals["twice"] += len(index) - len(writer.known([f"item{i}" for i in range(2 * items)]))
+    return {"items": items, **totals}
 
 
 def _run_and_kill(folder: Path, items: int, seed: int, rng: random.Random) -> list[str]:

@@ -16,7 +16,8 @@ from metaembed.bench.efficiency import encoder_costs, scoring_costs
 from metaembed.bench.quality import measure_quality
 from metaembed.bench.records import make_record, read_records
 from metaembed.bench.report import write_report
-from metaembed.bench.report_tables import MISSING, TABLES, fill_tables, to_markdown
+from metaembed.bench.report_tables import MISSING, TABLES, fill_tables
+from metaembed.bench.table import to_markdown
 from metaembed.runtime.cascade import Stage
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.known_models import KNOWN

@@ -1,0 +1,30 @@
+"""Tables of what exports cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .records import Record
+from .report_plots import of_kind
+from .table import Table
+
+
+def make_exports(records: Sequence[Record]) -> Table | None:
+    found = of_kind(records, "export", "model", "layers", "tool", "budgets")
+    if not found:
+        return None
+    rows = tuple(
+        (
+            r["model"] + ("" if r["layers"] == "all" else f", {r['layers']} layers"),
+            r["tool"],
+            "all" if len(r["budgets"]) == 5 else " ".join(r["budgets"]),
+            f"{r['seconds']:.0f}",
+            f"{r['peak_rss_mib']:,.0f}",
+            f"{r['bytes_beyond_weights'] / 1e6:,.1f}"
+            if "bytes_beyond_weights" in r
+            else f"{r['bytes_written'] / 1e6:,.1f}",
+        )
+        for r in found
+    )
+    note = f"bf16, sparse weights of the real size, {found[-1]['threads']} threads of {found[-1]['machine']['cpu']}."
+    return Table(("model", "by", "budgets", "s", "peak RSS MiB", "MB written beyond weights"), rows, note)

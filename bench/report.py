@@ -18,7 +18,11 @@ from .table import Table
 SECTIONS = (
     ("Quality", ("quality",), ("demo_quality",)),
     ("The paper's claims, tested again", ("claims", "tradeoff"), ("claims", "verdicts")),
-    ("Scoring and the index", ("latency", "memory", "roofline"), ("scoring", "int8", "cascades", "efficiency")),
+    (
+        "Scoring and the index",
+        ("latency", "scaling", "memory", "roofline"),
+        ("scoring", "int8", "cascades", "efficiency"),
+    ),
     ("Encoding", ("encoder",), ("encoder_race", "encoder_costs")),
     ("Parity and quantisation", ("parity", "sensitivity"), ()),
     ("Exporting", (), ("exports",)),

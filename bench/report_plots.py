@@ -135,6 +135,23 @@ def draw_roofline(records: Sequence[Record]) -> Figure | None:
     return _finish(figure, axes, "operations per byte of index (= query vectors)", "GFLOP/s")
 
 
+def draw_scaling(records: Sequence[Record]) -> Figure | None:
+    found = of_kind(records, "scoring_scaling", "budget", "candidates")
+    if not found:
+        return None
+    figure, axes = plt.subplots()
+    for k, ((budget,), curve) in enumerate(group(found, "budget").items()):
+        counts, times = [r["candidates"] for r in curve], [r["median_ms"] for r in curve]
+        axes.plot(counts, times, label=budget, color=SERIES[k % len(SERIES)], marker=MARKERS[k % len(MARKERS)])
+        linear = [times[-1] * count / counts[-1] for count in counts]
+        axes.plot(counts, linear, color=LIGHT["muted"], label="" if k else "in proportion to the last", **DASHED)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _log_axis(axes.xaxis)
+    _log_axis(axes.yaxis)
+    return _finish(figure, axes, f"candidates of {found[0]['dim']} dims", "ms a query")
+
+
 def draw_encoder(records: Sequence[Record]) -> Figure | None:
     found = [r for r in of_kind(records, "encoder", "model", "input", "contestant") if "error" not in r]
     models = group(found, "model")
@@ -209,6 +226,7 @@ PLOTS = (
     Plot("memory", "Index size by budget", "By arithmetic: vectors x dims x 2 bytes.", draw_memory),
     Plot("roofline", "Roofline of scoring", "How close scoring comes to what this machine's arithmetic and memory allow.",
          draw_roofline),
+    Plot("scaling", "Scoring time by candidates", "One query; budgets as named.", draw_scaling),
     Plot("encoder", "Encoding one input", "Contestants took turns on the same inputs, each in a process of its own.",
          draw_encoder),
     Plot("parity", "Parity by image size", "The bundle's golden inputs replayed here, against Hugging Face in float32.",

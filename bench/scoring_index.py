@@ -143,7 +143,7 @@ def measure_scaling(most: int, rounds: int) -> Iterator[Record]:
         counts = [count for count in (most // 100, most // 30, most // 10, most // 3, most) if count]
         counts = [count for count in counts if count * r_c * 256 < available / 2]
         candidates = stored_candidates(rng, counts[-1], r_c, 128)
-        for r_q in {1, 16} if r_c == 1 else {16}:
+        for r_q in (1, 16) if r_c == 1 else (16,):
             timed = time_interleaved(
                 {str(count): partial(maxsim, query[:, :r_q], candidates[:count]) for count in counts},
                 rounds=rounds,

@@ -82,7 +82,7 @@ def build_engines(
     log = place.with_name(f"{name}.log")
     with _scratch(place) as scratch:
         log.write_text("", encoding="utf-8")
-        built = [_build(bundle, preflight, spec, scratch, log, on_event) for spec in preflight.engines]
+        built = [build_engine(bundle, preflight, spec, scratch, log, on_event) for spec in preflight.engines]
         record = _describe(bundle.manifest, preflight, built)
         (scratch / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _publish(bundle, scratch, place)
@@ -99,14 +99,15 @@ def _scratch(place: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _build(
+def build_engine(
     bundle: Bundle,
     preflight: Preflight,
     spec: EngineSpec,
     folder: Path,
     log: Path,
-    on_event: Callable[[str, Event], None],
+    on_event: Callable[[str, Event], None] = lambda engine, event: None,
 ) -> BuiltEngine:
+    """Build one engine of a checked target into ``folder``; the builder adds its lines to ``log``, which exists."""
     plan = folder / f"{spec.name}.plan"
     order = {
         "onnx": str(bundle.path(spec.graph).resolve()),

@@ -95,6 +95,8 @@ class OrtSession:
             raise UsageError("this session is closed")
         try:
             outputs = self._run_bound(feeds) if self._bound else self._session.run(self._outputs, dict(feeds))
+        except MetaEmbedError:
+            raise
         except Exception as error:  # several unrelated classes, here too
             raise MetaEmbedError(f"ONNX Runtime failed while running: {_first_line(error)}") from error
         return dict(zip(self._outputs, outputs, strict=True))

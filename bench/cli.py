@@ -25,6 +25,7 @@ COMMANDS = {
     "calibration": ("cli_calibration", "INT8 and FP8 against fp32 and other quantisers, on retrieval itself"),
     "encoder": ("cli_encoder", "a bundle's encoder against PyTorch and a plainly exported graph"),
     "engine": ("cli_engine", "TensorRT engines on this machine's GPU, against their limits"),
+    "engine-layouts": ("cli_engine_layouts", "what TensorRT engines cost to build, by layout, without a GPU"),
     "parity": ("cli_parity", "a bundle's golden inputs replayed, by image size; sensitivities where it is quantised"),
     "report": ("cli_report", "records as one self-contained HTML page with plots, and the plots as PNG"),
     "tables": ("cli_tables", "the tables between <!-- table: NAME --> markers, made again from the records"),

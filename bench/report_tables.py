@@ -136,6 +136,29 @@ def make_encoder_race(records: Sequence[Record]) -> Table | None:
     return Table(("model, input", *contestants, "ratio"), tuple(rows), note)
 
 
+def make_engine_layouts(records: Sequence[Record]) -> Table | None:
+    found = of_kind(records, "engine_layout", "model", "precision", "target", "layout")
+    rows = tuple(
+        (
+            f"{r['model']} {r['precision']}, {r['layout']}",
+            f"{r['engines']}" + (f" ({r['engines_built']} built, the rest computed)" if _partly(r) else ""),
+            str(r["profiles"]),
+            f"{r['bytes'] / 1e9:,.3f}",
+            f"{r['bytes'] / r['weight_bytes']:.2f}",
+            f"{r['cpu_seconds']:,.0f}",
+            f"{r['peak_memory_bytes'] / 1e9:,.2f} ({r['estimated_peak_bytes'] / 1e9:,.2f})",
+        )
+        for r in found
+    )
+    head = ("model, layout", "engines", "profiles", "GB", "of the weights", "processor s", "peak GB (estimated)")
+    note = "Built ahead of time, without a GPU, by {builder} for {target}: size and cost of building, no speed."
+    return Table(head, rows, note.format(**found[-1])) if found else None
+
+
+def _partly(record: Record) -> bool:
+    return bool(record["engines_built"] < record["engines"])
+
+
 TABLES = {
     kind.name: kind
     for kind in (
@@ -148,6 +171,7 @@ TABLES = {
         TableKind("exports", "What an export costs", make_exports),
         TableKind("efficiency", "Scoring: cost, time here, and limits elsewhere", make_efficiency),
         TableKind("encoder_costs", "Encoding: cost and limits", make_encoder_costs),
+        TableKind("engine_layouts", "TensorRT engines: what each layout takes", make_engine_layouts),
         TableKind("encoder_race", "Encoding: measured here", make_encoder_race),
     )
 }

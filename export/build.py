@@ -11,18 +11,17 @@ from metaembed.runtime.budget import Budget
 from metaembed.runtime.cuda import find_gpu
 from metaembed.runtime.devices import Device
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.graph_maxsim import chunk_size
-from metaembed.runtime.manifest import Bundle
+from metaembed.runtime.graph_maxsim import MEMORY_BYTES, QUERIES, chunk_size
+from metaembed.runtime.manifest import SCORER, Bundle
 
 from .device_kit import build_command, write_device_kit
 from .engine import build_engines
 from .engine_process import Event
 from .preflight import Preflight, check_target
-from .profiles import SCORER, EngineSpec, Sizes, plan_engines, scorer_engine
+from .profiles import EngineSpec, Sizes, plan_engines, scorer_engine
 from .route import KIT, choose_route, installed_versions
 
 QUERY_BATCH, CANDIDATE_BATCH = 8, 4
-SCORER_QUERIES, SCORER_BYTES = 32, 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +107,8 @@ def chosen_engines(bundle: Bundle, options: BuildOptions) -> tuple[EngineSpec, .
     if SCORER not in bundle.manifest.files:
         return engines
     dim, largest = bundle.manifest.geometry.dim, bundle.manifest.largest
-    chunk = chunk_size(SCORER_BYTES, SCORER_QUERIES, largest.query, largest.candidate, dim)
-    return (*engines, scorer_engine(dim, largest, SCORER_QUERIES, chunk))
+    chunk = chunk_size(MEMORY_BYTES, QUERIES, largest.query, largest.candidate, dim)
+    return (*engines, scorer_engine(dim, largest, QUERIES, chunk))
 
 
 def _kit_words(bundle: Bundle, options: BuildOptions) -> str:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.check import Check
+from metaembed.runtime.errors import UsageError
 from metaembed.runtime.images import ImageRules
 from metaembed.runtime.manifest import (
     LANGUAGE,
@@ -36,6 +37,7 @@ from .checkpoint import Checkpoint, read_json
 from .frozen import frozen_name, trace_frozen
 from .graph import WeightRef, attach_weights, check_operators, save_graph, widen_for_cpu
 from .models import ResolvedModel
+from .scorer import write_scorer
 from .source import Source, convert_weights, open_source
 from .trace import trace_language, trace_vision
 
@@ -64,6 +66,8 @@ class ExportRequest:
     freeze: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if not self.budgets:
+            raise UsageError("a bundle serves at least one budget; name some, for example Budget(8, 16)")
         geometry = self.model.geometry
         for budget in self.budgets:
             budget.check_within(geometry.query_tokens, geometry.candidate_tokens)
@@ -150,7 +154,11 @@ def write_graphs(
     folder: Path,
     stage: Callable[[str], object],
 ) -> None:
-    """Trace and save both graphs and the frozen ones; beside a bf16 or fp16 one, its float32 twin for the CPU."""
+    """Trace and save both graphs and the frozen ones; beside a bf16 or fp16 one, its float32 twin for the CPU.
+
+    The scorer comes with them, in the same precision: ONNX Runtime's CPU provider can widen it, so it needs no twin.
+    """
+    write_scorer(folder, checkpoint.geometry.dim, precision=request.precision)
     frozen = {
         frozen_name(side, vectors): partial(trace_frozen, side=side, vectors=vectors)
         for side in request.freeze

@@ -13,7 +13,7 @@ from metaembed.runtime.budget import Budget, parse_budgets
 from metaembed.runtime.command import EXIT_DONE, Parser, run_command
 from metaembed.runtime.devices import Device
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.manifest import Bundle
+from metaembed.runtime.manifest import ENGINES, Bundle
 
 from .profiles import LAYOUTS
 from .route import ROUTES
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from .build import BuildOptions, build_target
     from .route import find_targets
 
-    bundle = Bundle.open(args.bundle)
+    bundle = Bundle.open(args.bundle, ignore=ENGINES)  # damaged engines are what -f mends
     options = BuildOptions(
         budgets=_chosen_budgets(args.budget, bundle),
         layout=args.layout,
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             result = build_target(
                 bundle, device, options, output=args.output, force=args.force, dry_run=args.dry_run, on_event=bars.hear
             )
-        bundle = Bundle.open(args.bundle, verify=False)  # bundle.json has changed
+        bundle = Bundle.open(args.bundle, verify=False, ignore=ENGINES)  # bundle.json has changed
         if args.dry_run or not args.quiet:
             print(result.preflight.table())
         print(_result_line(args.bundle, device, result))

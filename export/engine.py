@@ -19,12 +19,13 @@ from typing import Any
 
 from metaembed.runtime.engines import BUILD_RECORD, ENGINES_FORMAT, ENGINES_VERSION, engines_folder
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.manifest import Bundle, FileRecord, Manifest, record_files, save_manifest
+from metaembed.runtime.manifest import SCORER, Bundle, FileRecord, Manifest, record_files, save_manifest
+from metaembed.runtime.user_cache import user_cache
 
 from .engine_commands import polygraphy_command, trtexec_command
 from .engine_process import Event, run_worker
 from .preflight import Preflight
-from .profiles import SCORER, EngineSpec
+from .profiles import EngineSpec
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,14 @@ def build_engines(
     """
     name = preflight.device.name
     place = bundle.folder / engines_folder(name)
+    if place.is_symlink() or place.parent.is_symlink():
+        raise UsageError(f"{place} is a link, and engines are built inside the bundle; remove it first")
     if place.exists() and not force:
         raise UsageError(f"{place} exists already; -f builds it again")
     log = place.with_name(f"{name}.log")
     with _scratch(place) as scratch:
         log.write_text("", encoding="utf-8")
-        built = [_build(bundle, preflight, spec, scratch, log, on_event) for spec in preflight.engines]
+        built = [build_engine(bundle, preflight, spec, scratch, log, on_event) for spec in preflight.engines]
         record = _describe(bundle.manifest, preflight, built)
         (scratch / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _publish(bundle, scratch, place)
@@ -99,22 +102,24 @@ def _scratch(place: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _build(
+def build_engine(
     bundle: Bundle,
     preflight: Preflight,
     spec: EngineSpec,
     folder: Path,
     log: Path,
-    on_event: Callable[[str, Event], None],
+    on_event: Callable[[str, Event], None] = lambda engine, event: None,
 ) -> BuiltEngine:
+    """Build one engine of a checked target into ``folder``; the builder adds its lines to ``log``, which exists."""
     plan = folder / f"{spec.name}.plan"
     order = {
         "onnx": str(bundle.path(spec.graph).resolve()),
         "plan": str(plan.resolve()),
         "capability": preflight.device.capability,
         "profiles": [profile.to_json() for profile in spec.profiles],
-        "timing_cache": str(timing_cache_path(preflight)),
-        "tf32": spec.graph == SCORER,  # it widens bf16, which TensorFloat-32 holds exactly
+        "timing_cache": (cache := timing_cache_path(preflight)) and str(cache),
+        # The scorer of a narrow bundle widens bf16 or fp16, which TensorFloat-32 holds exactly.
+        "tf32": spec.graph == SCORER and bundle.manifest.precision != "fp32",
         "log": str(log.resolve()),
     }
     start, read_from = time.monotonic(), log.stat().st_size
@@ -126,12 +131,10 @@ def _build(
     )
 
 
-def timing_cache_path(preflight: Preflight) -> Path:
-    """Where tactic timings of this TensorRT and GPU are kept between builds (XDG cache folder)."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "metaembed"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{preflight.flavour}-{preflight.version}-sm{preflight.device.capability_text}.timing"
+def timing_cache_path(preflight: Preflight) -> Path | None:
+    """Where tactic timings of this TensorRT and GPU are kept between builds, if anywhere."""
+    folder = user_cache()
+    return folder and folder / f"{preflight.flavour}-{preflight.version}-sm{preflight.device.capability_text}.timing"
 
 
 def read_activations(lines: str) -> int | None:

@@ -18,6 +18,9 @@ from .preflight import gib
 
 Event = dict[str, Any]
 POLL_SECONDS = 0.02
+# glibc keeps freed blocks for later, of up to 32 MB once it has seen such, and a builder's copies of weights are of that size.
+# With a fixed threshold they go back at once: 2,293 MB at the peak instead of 2,398 (vision of 3B, bf16). mallopt(3).
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 
 
 def run_worker(order: Event, flavour: str, on_event: Callable[[Event], None]) -> tuple[dict[str, Event], int | None]:
@@ -27,6 +30,7 @@ def run_worker(order: Event, flavour: str, on_event: Callable[[Event], None]) ->
         MetaEmbedError: it failed; the sentence holds the builder's first error, or that memory ran out.
     """
     environment = {
+        **MALLOC,
         **os.environ,
         "POLYGRAPHY_USE_TENSORRT_RTX": "1" if flavour == "tensorrt_rtx" else "0",
         "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from metaembed.runtime.geometry import Geometry
-from metaembed.runtime.manifest import LANGUAGE, VISION, Manifest
+from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Manifest
 
-from .profiles import SCORER, EngineSpec
+from .profiles import EngineSpec
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 GIB = 1 << 30

@@ -7,20 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from math import isqrt
 from typing import Any
 
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.layout import PATCHES, UNITS, WINDOW
-from metaembed.runtime.manifest import Manifest
+from metaembed.runtime.layout import PATCHES, TEMPLATE_TOKENS, UNITS, most_windows, square_windows
+from metaembed.runtime.manifest import SCORER, Manifest
 
 Shape = tuple[int, ...]
-LARGEST_ASPECT = 200  # Qwen's smart_resize refuses thinner images
-TEMPLATE_TOKENS = 40  # room for what a template adds to text and image: 26 at most in the released configuration
 TYPICAL_TEXT = 32  # positions of a template and a short text: what the opt shape of a profile is tuned for
 LAYOUTS = ("shared", "separate")
-SCORER = "scorer.onnx"  # MaxSim as a graph (scorer.py), in bundles that carry it
 
 
 @dataclass(frozen=True)
@@ -183,7 +179,11 @@ def vision_profile(sizes: Sizes, images: int) -> Profile:
 
 
 def scorer_engine(dim: int, largest: Budget, queries: int, chunk: int) -> EngineSpec:
-    """The engine of a scorer with dynamic budgets: up to ``queries`` queries against chunks of ``chunk`` candidates."""
+    """The engine of a scorer with dynamic budgets: up to ``queries`` queries against chunks of ``chunk`` candidates.
+
+    A session knows one limit of items, so a chunk is never smaller than a batch of queries.
+    """
+    chunk = max(chunk, queries)
     ranges = {
         "queries": _range((1, 1, queries), (1, largest.query, largest.query), (dim,) * 3),
         "candidates": _range((1, chunk, chunk), (1, largest.candidate, largest.candidate), (dim,) * 3),
@@ -195,22 +195,3 @@ def _range(*axes: tuple[int, ...]) -> Range:
     """From (min, opt, max) of each axis to the three shapes."""
     low, best, high = zip(*axes, strict=True)
     return Range(low, best, high)
-
-
-def square_windows(image_tokens: int) -> int:
-    """Windows of a square image with about ``image_tokens`` merged units."""
-    side = max(1, int(image_tokens**0.5))
-    return (-(-side // WINDOW)) ** 2
-
-
-def most_windows(image_tokens: int) -> int:
-    """The most windows that an image within the limit occupies; thin ones waste the most (2 x 452 units: 113 windows).
-
-    A side is at most sqrt(200 * tokens) units long: smart_resize refuses aspect ratios above 200, then scales the area.
-    """
-    longest = isqrt(LARGEST_ASPECT * image_tokens)
-    found = 1
-    for height in range(1, min(image_tokens, longest) + 1):
-        width = min(image_tokens // height, longest)
-        found = max(found, -(-height // WINDOW) * -(-width // WINDOW))
-    return found

@@ -13,8 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from metaembed.runtime.budget import Budget
-
-from .profiles import SCORER
+from metaembed.runtime.manifest import SCORER
 
 OPSET = 20
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -74,7 +73,10 @@ def make_scorer(dim: int, budget: Budget | None = None, precision: str = "bf16")
 
 
 def write_scorer(folder: Path, dim: int, budget: Budget | None = None, precision: str = "bf16") -> None:
-    """Write ``make_scorer``'s graph into a bundle's folder; it has no weights and takes 2 KB."""
+    """Write ``make_scorer``'s graph into a bundle's folder; it has no weights and takes 2 KB.
+
+    ``precision`` is the bundle's own, so that the scorer builds wherever the bundle's other graphs do.
+    """
     onnx.save(make_scorer(dim, budget, precision), folder / SCORER)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,20 @@ from .budget import Budget
 from .encoder import Encoder
 from .errors import BundleError, ParityError
 from .golden import SIDES, GoldenItem, golden_path, read_golden
+from .graph_maxsim import Scorer
+from .manifest import SCORER
 from .maxsim import maxsim
-from .parity import RANKS, TOLERANCES, ParityRecord, RankingRecord, Tolerance, compare, compare_rankings
+from .parity import (
+    RANKS,
+    TOLERANCES,
+    ParityRecord,
+    RankingRecord,
+    ScoringRecord,
+    Tolerance,
+    compare,
+    compare_rankings,
+    compare_scores,
+)
 
 Golden = tuple[Sequence[GoldenItem], NDArray[np.float32]]
 KINDS = ("text", "image", "image + text")
@@ -22,15 +34,19 @@ KINDS = ("text", "image", "image + text")
 
 @dataclass(frozen=True)
 class Check:
-    """All comparisons of one replay: (side, r, kind of input) -> vectors, budget -> ranking. Truthy when all passed."""
+    """All comparisons of one replay: (side, r, kind of input) -> vectors, budget -> ranking. Truthy when all passed.
+
+    ``scorer`` has the scorer graph's scores, by budget; it is empty where the bundle is older than the graph.
+    """
 
     runs_on: str
     precision: str
     vectors: Mapping[tuple[str, int, str], ParityRecord] = field(default_factory=dict)
     rankings: Mapping[Budget, RankingRecord] = field(default_factory=dict)
+    scorer: Mapping[Budget, ScoringRecord] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        records = [*self.vectors.values(), *self.rankings.values()]
+        records = [*self.vectors.values(), *self.rankings.values(), *self.scorer.values()]
         return bool(self.vectors) and bool(self.rankings) and all(records)
 
     def failures(self) -> list[str]:
@@ -39,6 +55,11 @@ class Check:
         found += [
             f"budget {budget}: top-{record.ranks} overlap {record.overlap:.3f} (tolerance: >= {record.tolerance.overlap})"
             for budget, record in self.rankings.items()
+            if not record
+        ]
+        found += [
+            f"scorer at {budget}: off by {record.max_abs:.1e} (tolerance: <= {record.tolerance:.0e})"
+            for budget, record in self.scorer.items()
             if not record
         ]
         return found or ([] if self else ["nothing was compared"])
@@ -61,6 +82,10 @@ class Check:
                 {"budget": [budget.query, budget.candidate], **record.to_json()}
                 for budget, record in self.rankings.items()
             ],
+            "scorer": [
+                {"budget": [budget.query, budget.candidate], **record.to_json()}
+                for budget, record in self.scorer.items()
+            ],
         }
 
     def table(self) -> str:
@@ -74,6 +99,9 @@ class Check:
         for budget, ranking in self.rankings.items():
             mark = "" if ranking else "  FAILED"
             rows.append(f"budget {budget!s:<8} top-{ranking.ranks} overlap {ranking.overlap:.3f}{mark}")
+        for budget, scored in self.scorer.items():
+            mark = "" if scored else "  FAILED"
+            rows.append(f"scorer {budget!s:<8} {scored.pairs} pairs, max abs {scored.max_abs:.1e}{mark}")
         return "\n".join(rows)
 
 
@@ -88,7 +116,11 @@ def check_bundle(encoder: Encoder, *, progress: Callable[[Any], Any] = iter) -> 
     bundle = encoder.bundle
     goldens = {side: _read(encoder, side) for side in SIDES}
     kind = (bundle.manifest.quantization or {}).get("type", bundle.manifest.precision)
-    return replay(encoder, goldens, TOLERANCES[kind], kind, progress=progress)
+    check = replay(encoder, goldens, TOLERANCES[kind], kind, progress=progress)
+    if SCORER not in bundle.manifest.files:
+        return check
+    with Scorer.open(bundle) as scorer:
+        return replace(check, scorer=replay_scorer(scorer, goldens, bundle.manifest.budgets))
 
 
 def _read(encoder: Encoder, side: str) -> Golden:
@@ -102,6 +134,15 @@ def _read(encoder: Encoder, side: str) -> Golden:
             f"{golden_path(side)} holds embeddings {reference.shape}; at least {least} of {encoder.dim} dims are needed"
         )
     return items, reference
+
+
+def replay_scorer(
+    scorer: Scorer, goldens: Mapping[str, Golden], budgets: Sequence[Budget]
+) -> dict[Budget, ScoringRecord]:
+    """Score the reference embeddings, in the scorer's own type, at each budget, and compare with float64."""
+    queries, candidates = (goldens[side][1].astype(scorer.dtype) for side in SIDES)
+    cuts = {budget: (queries[:, : budget.query], candidates[:, : budget.candidate]) for budget in budgets}
+    return {budget: compare_scores(*cut, scorer.scores(*cut)) for budget, cut in cuts.items()}
 
 
 def replay(

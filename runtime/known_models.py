@@ -66,6 +66,25 @@ def _known(name: str, base: str, *, vision_intermediate: int, **text: Any) -> Kn
     return KnownModel(name, base, {**kind, **text, **decoder, **tokens, **metaembed, "vision_config": vision})
 
 
+def _demo() -> KnownModel:
+    """The demo that the package ships (export/demo/config.json, which a device does not have)."""
+    text = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "intermediate_size": 512, "vocab_size": 704, "tie_word_embeddings": True}  # fmt: skip
+    model = _known("demo", "", vision_intermediate=384, **text)
+    vision = model.config["vision_config"] | {
+        "depth": 4,
+        "hidden_size": 128,
+        "num_heads": 4,
+        "fullatt_block_indexes": [3],
+    }
+    tokens = {"bos_token_id": 629, "eos_token_id": 631, "vision_start_token_id": 638, "vision_end_token_id": 639,
+              "image_token_id": 641, "video_token_id": 642}  # fmt: skip
+    rope = {"rope_theta": 100.0, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
+    return KnownModel("demo", "", {**model.config, **tokens, **rope, "vision_config": vision})
+
+
+DEMO = _demo()
+
 # Sources: https://huggingface.co/Qwen/Qwen2.5-VL-{3B,7B,32B}-Instruct/blob/main/config.json. The sizes are confirmed by
 # the parameter counts that the files' headers give, lm_head included: 3,754,622,976 (tied), 8,292,166,656 and
 # 33,452,718,336. The vision MLP of 32B is wider (3456 for 3420): its tower has 688,841,984 parameters.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import isqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ MERGE = 2  # a merged unit is 2 x 2 patches
 UNITS = WINDOW * WINDOW  # merged units, that is image embeddings, in a window
 PATCHES = UNITS * MERGE * MERGE  # patches in a window
 NOT_IMAGE = -1
+LARGEST_ASPECT = 200  # Qwen's smart_resize refuses thinner images
+TEMPLATE_TOKENS = 40  # room for what a template adds to text and image: 26 at most in the released configuration
 
 
 class _Feeds:
@@ -51,6 +54,25 @@ def count_windows(grid: tuple[int, int]) -> int:
     """Windows that an image of ``grid`` = (rows, columns) of patches occupies."""
     down, across = (-(-side // (MERGE * WINDOW)) for side in grid)
     return down * across
+
+
+def square_windows(image_tokens: int) -> int:
+    """Windows of a square image with about ``image_tokens`` merged units."""
+    side = max(1, int(image_tokens**0.5))
+    return (-(-side // WINDOW)) ** 2
+
+
+def most_windows(image_tokens: int) -> int:
+    """The most windows that an image within the limit occupies; thin ones waste the most (2 x 452 units: 113 windows).
+
+    A side is at most sqrt(200 * tokens) units long: smart_resize refuses aspect ratios above 200, then scales the area.
+    """
+    longest = isqrt(LARGEST_ASPECT * image_tokens)
+    found = 1
+    for height in range(1, min(image_tokens, longest) + 1):
+        width = min(image_tokens // height, longest)
+        found = max(found, -(-height // WINDOW) * -(-width // WINDOW))
+    return found
 
 
 def window_slots(grid: tuple[int, int]) -> Ints:

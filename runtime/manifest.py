@@ -20,7 +20,9 @@ from .parity import TOLERANCES
 T = TypeVar("T")
 FORMAT, FORMAT_VERSION = "metaembed-bundle", 1
 MANIFEST = "bundle.json"
-VISION, LANGUAGE, TOKENIZER, PROCESSOR = "vision.onnx", "language.onnx", "tokenizer.json", "processor.json"
+VISION, LANGUAGE, SCORER = "vision.onnx", "language.onnx", "scorer.onnx"  # the scorer is missing from older bundles
+TOKENIZER, PROCESSOR = "tokenizer.json", "processor.json"
+ENGINES = "engines/"  # what metaembed-build adds
 UNVERIFIED = "unverified"
 
 
@@ -92,7 +94,7 @@ class Manifest:
         parts = sorted(
             f"{path} {record.sha256}"
             for path, record in self.files.items()
-            if not path.startswith(("golden/", "engines/"))
+            if not path.startswith(("golden/", ENGINES)) and path != SCORER
         )
         return hashlib.sha256("\n".join([prompt, *parts]).encode()).hexdigest()
 
@@ -149,14 +151,17 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its manifest. Every file has been checked, unless ``verify`` was off."""
+    """An opened bundle: its folder and its manifest. Every file has been checked, but for what ``open`` left out."""
 
     folder: Path
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: bool = True) -> Bundle:
+    def open(cls, folder: str | Path, *, verify: bool = True, ignore: str | None = None) -> Bundle:
         """Read bundle.json and check each file's size and, with ``verify``, its SHA-256.
+
+        ``ignore`` leaves out the files below one folder (``engines/``), which are about to be written anew: of those
+        only the names are checked.
 
         Raises:
             UsageError: the folder holds no bundle.
@@ -173,7 +178,7 @@ class Bundle:
         if not isinstance(data, dict):
             raise BundleError(f"{path} is not a JSON object")
         bundle = cls(folder, Manifest.from_json(data))
-        bundle._check_files(verify)
+        bundle._check_files(verify, ignore)
         return bundle
 
     @property
@@ -186,18 +191,28 @@ class Bundle:
             raise BundleError(f"{self.folder} has no {name}; it is not complete")
         return self.folder / name
 
-    def _check_files(self, verify: bool) -> None:
-        for name, record in self.manifest.files.items():
-            _check_place(self.folder, name)
-            path = self.folder / name
+    def _check_files(self, verify: bool, ignore: str | None) -> None:
+        files = self.manifest.files
+        for name in files:
+            _check_name(name)
+        checked = {name: files[name] for name in files if ignore is None or not name.startswith(ignore)}
+        for name, record in checked.items():
+            path = _check_place(self.folder, name)
             if path.stat().st_size != record.bytes:
-                raise BundleError(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}; export again")
+                found = f"{path} has {path.stat().st_size} bytes instead of {record.bytes}"
+                raise BundleError(f"{found}; {remedy(self.folder, name)}")
         if verify:
-            changed = find_changed(self.folder, self.manifest.files)
-            if changed:
-                raise BundleError(
-                    f"{self.folder / changed[0]} has changed since it was written (SHA-256); export again"
-                )
+            for name in find_changed(self.folder, checked):
+                found = f"{self.folder / name} has changed since it was written (SHA-256)"
+                raise BundleError(f"{found}; {remedy(self.folder, name)}")
+
+
+def remedy(folder: Path, name: str) -> str:
+    """What to do about a damaged or missing file: engines are built again, all else comes from an export."""
+    parts = PurePosixPath(name).parts
+    if not name.startswith(ENGINES) or len(parts) < 3:
+        return "export again"
+    return f"build again: metaembed-build {folder} --target {parts[1]} -f"
 
 
 def _expect(kind: type[T], value: Any) -> T:
@@ -257,10 +272,13 @@ def cpu_graph(graph: str) -> str:
     return graph.replace(".onnx", ".cpu.onnx")
 
 
-def _check_place(folder: Path, name: str) -> None:
+def _check_name(name: str) -> None:
     pure = PurePosixPath(name)
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or "\0" in name:
         raise BundleError(f"{MANIFEST} names a file outside the bundle: {name!r}")
+
+
+def _check_place(folder: Path, name: str) -> Path:
     try:
         resolved = (folder / name).resolve()
         present = resolved.is_file()
@@ -269,4 +287,6 @@ def _check_place(folder: Path, name: str) -> None:
     if not resolved.is_relative_to(folder.resolve()):
         raise BundleError(f"{folder / name} is a link that leaves the bundle")
     if not present:
-        raise BundleError(f"{folder / name} is missing; the bundle is not complete")
+        advice = f"; {remedy(folder, name)}" if name.startswith(ENGINES) else ""
+        raise BundleError(f"{folder / name} is missing; the bundle is not complete{advice}")
+    return folder / name

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING
 
-from .errors import MetaEmbedError
+from .errors import BundleError, MetaEmbedError
 from .manifest import Bundle, cpu_graph
+from .providers import CPU, TENSORRT, Attempt, plan_attempts, provider_options
 from .session import Session
 from .session_trt import open_trt_sessions
+from .user_cache import user_cache
+
+if TYPE_CHECKING:
+    from .session_ort import OrtSession
+
+log = logging.getLogger(__name__)
 
 # Above this, the float32 copies that ONNX Runtime would fold from narrow weights are worth avoiding.
 LEAN_BYTES = 1 << 30
@@ -23,15 +32,67 @@ def open_sessions(bundle: Bundle, graphs: Sequence[str], *, threads: int = 0) ->
     return open_trt_sessions(bundle, graphs) or open_ort_sessions(bundle, graphs, threads=threads)
 
 
-def open_ort_sessions(bundle: Bundle, graphs: Sequence[str], *, threads: int = 0) -> list[Session]:
-    """ONNX Runtime on this machine's CPU, on the float32 twin of a narrow graph."""
+def open_ort_sessions(
+    bundle: Bundle, graphs: Sequence[str], *, threads: int = 0, available: Sequence[str] | None = None
+) -> list[Session]:
+    """ONNX Runtime: on an NVIDIA GPU where its build has a provider that really opens, else on the CPU.
+
+    All graphs run in the same way, since one reads what another gives. On the CPU that is the float32 twin of a narrow
+    graph. ``available`` names the providers to choose from; by default those of this build.
+    """
     try:
-        from .session_ort import OrtSession
+        from .session_ort import available_providers
     except ImportError:
         raise MetaEmbedError("onnxruntime is not installed here; pip install 'metaembed-export[runtime]'") from None
-    files = bundle.manifest.files
+    names = available_providers() if available is None else available
+    *hopeful, last = plan_attempts(names, bundle.manifest.precision, graphs)
+    for attempt in hopeful:
+        sessions = _try(bundle, graphs, attempt, threads)
+        if sessions is not None:
+            return sessions
+    return list(_open(bundle, graphs, last, threads))
+
+
+def _try(bundle: Bundle, graphs: Sequence[str], attempt: Attempt, threads: int) -> list[Session] | None:
+    """The sessions, when they got what was asked for; otherwise one sentence in the log."""
+    try:
+        sessions = _open(bundle, graphs, attempt, threads)
+    except BundleError as error:
+        log.warning("%s cannot run this bundle here (%s)", attempt.providers[0], error)
+        return None
+    found = [session.description for session in sessions if not attempt.got(session.providers[0])]
+    if not found:
+        return list(sessions)
+    log.warning("asked for %s and got %s; trying the next", attempt.providers[0], found[0])
+    for session in sessions:
+        session.close()
+    return None
+
+
+def _open(bundle: Bundle, graphs: Sequence[str], attempt: Attempt, threads: int) -> Sequence[OrtSession]:
+    from .session_ort import OrtSession
+
+    manifest = bundle.manifest
+    files = manifest.files
     weights = sum(record.bytes for name, record in files.items() if name.startswith("weights/"))
-    chosen = [cpu_graph(graph) if cpu_graph(graph) in files else graph for graph in graphs]
-    quantised = bundle.manifest.quantization is not None
-    lean = weights > LEAN_BYTES and not quantised  # codes are not widened, and their transposes are worth folding
-    return [OrtSession(bundle.path(graph), threads=threads, lean=lean, quantised=quantised) for graph in chosen]
+    on_cpu = attempt.providers == (CPU,)
+    quantised = manifest.quantization is not None
+    lean = (
+        on_cpu and weights > LEAN_BYTES and not quantised
+    )  # codes are not widened; their transposes are worth folding
+    cache = user_cache("onnxruntime", manifest.fingerprint[:16]) if TENSORRT in attempt.providers else None
+    return [
+        OrtSession(
+            bundle.path(_runnable(graph, files, attempt)),
+            providers={name: provider_options(name, manifest, graph, cache) for name in attempt.providers},
+            threads=threads,
+            lean=lean,
+            quantised=quantised,
+            max_items=attempt.max_items,
+        )
+        for graph in graphs
+    ]
+
+
+def _runnable(graph: str, files: Container[str], attempt: Attempt) -> str:
+    return graph if attempt.as_they_are or cpu_graph(graph) not in files else cpu_graph(graph)

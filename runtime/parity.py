@@ -33,6 +33,9 @@ TOLERANCES = {
 }
 
 
+SCORE_ERROR = 1e-5  # of a MaxSim score, for each query vector: float32 sums of products that are exact
+
+
 @dataclass(frozen=True)
 class ParityRecord:
     """The worst vector of a comparison and where it is; truthy when within the tolerance.
@@ -117,6 +120,30 @@ def compare_rankings(
         return RankingRecord(len(reference), ranks, float("nan"), tolerance)
     shared = [len(_top(a, ranks) & _top(b, ranks)) / ranks for a, b in zip(reference, candidate, strict=True)]
     return RankingRecord(len(shared), ranks, float(np.mean(shared)) if shared else float("nan"), tolerance)
+
+
+@dataclass(frozen=True)
+class ScoringRecord:
+    """The largest error of MaxSim scores, of ``pairs`` queries with candidates; truthy within ``tolerance``."""
+
+    pairs: int
+    max_abs: float
+    tolerance: float
+
+    def __bool__(self) -> bool:
+        return self.pairs > 0 and self.max_abs <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": bool(self)}
+
+
+def compare_scores(queries: NDArray[Any], candidates: NDArray[Any], scores: NDArray[Any]) -> ScoringRecord:
+    """Compare scores (q, n) with MaxSim of the vectors (q, r_q, d) and (n, r_c, d) themselves, in float64."""
+    wide = [values.astype(np.float64) for values in (queries, candidates)]
+    expected = np.stack([[(query @ other.T).max(1).sum() for other in wide[1]] for query in wide[0]])
+    if expected.shape != scores.shape:
+        raise UsageError(f"scores of shape {scores.shape} are not those of {expected.shape} pairs")
+    return ScoringRecord(expected.size, float(np.max(np.abs(expected - scores))), SCORE_ERROR * queries.shape[1])
 
 
 def _top(scores: NDArray[Any], ranks: int) -> set[int]:

@@ -13,11 +13,12 @@ from .cost import BYTES, EncoderFlops, activation_bytes, encoder_flops, index_by
 from .errors import BundleError, UsageError
 from .geometry import Geometry
 from .images import DEFAULT_SIZE, ImageRules, smart_resize
-from .known_models import KNOWN
+from .known_models import DEMO, KNOWN
 from .layout import PATCHES, count_windows
 from .manifest import MANIFEST, Bundle
 from .tensors import parameter_count
 
+SIZES = {DEMO.name: DEMO, **KNOWN}
 # Positions of a prompt that are neither image nor Meta Token, template and a query's ten end tokens included.
 QUERY_TEXT, IMAGE_TEXT = 32, 12
 IMAGE_TOKENS = (64, 256, 1024)
@@ -89,12 +90,12 @@ def find_geometry(model: str) -> Geometry:
         UsageError: the model is none of them.
         BundleError: its config.json or bundle.json is damaged.
     """
-    if model.lower() in KNOWN:
-        return KNOWN[model.lower()].geometry
+    if model.lower() in SIZES:
+        return SIZES[model.lower()].geometry
     if (Path(model) / MANIFEST).is_file():
         return Bundle.open(model, verify=False).manifest.geometry
     if not (Path(model) / "config.json").is_file():
-        raise UsageError(f"{model!r} is none of {', '.join(KNOWN)}, nor a bundle or checkpoint folder")
+        raise UsageError(f"{model!r} is none of {', '.join(SIZES)}, nor a bundle or checkpoint folder")
     try:
         return Geometry.from_config(json.loads((Path(model) / "config.json").read_bytes()))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, RecursionError) as error:

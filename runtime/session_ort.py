@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from .errors import BundleError, MetaEmbedError, UsageError
+from .providers import CPU
 from .session import Arrays
 
 log = logging.getLogger(__name__)
+BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: numpy has no such type, so its bits travel as an OrtValue
 NUMPY_TYPES = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -30,11 +33,12 @@ class OrtSession:
 
     Args:
         path: the graph; its external weights lie beside it.
-        providers: execution providers, best first; by default the CPU's.
+        providers: execution providers, best first, each with its options; by default the CPU's.
         threads: CPU threads; 0 lets ONNX Runtime choose (one per core).
         lean: keep weights memory-mapped in their stored type and widen each when it is used, instead of folding the
             casts into float32 copies: slower, but the whole model never has to fit in memory.
         quantised: the graph holds Q/DQ pairs, which are to become integer products.
+        max_items: the most items in one run, where a provider's engines have a limit.
 
     Raises:
         BundleError: ONNX Runtime refuses the graph.
@@ -45,10 +49,11 @@ class OrtSession:
         self,
         path: Path,
         *,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Mapping[str, Mapping[str, str]] = {CPU: {}},
         threads: int = 0,
         lean: bool = False,
         quantised: bool = False,
+        max_items: int | None = None,
     ) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -62,15 +67,20 @@ class OrtSession:
             disabled.append("CommonSubexpressionElimination")
         try:
             self._session: Any = ort.InferenceSession(
-                str(path), options, providers=list(providers), disabled_optimizers=disabled
+                str(path),
+                options,
+                providers=list(providers),
+                provider_options=[dict(chosen) for chosen in providers.values()],
+                disabled_optimizers=disabled,
             )
         except Exception as error:  # ONNX Runtime raises several unrelated classes
             raise BundleError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
         self.providers: list[str] = self._session.get_providers()  # what was got, not what was asked
-        if self.providers[0] != providers[0]:
-            log.warning("asked for %s, ONNX Runtime runs on %s", providers[0], self.providers[0])
+        self.max_items = max_items
         self._inputs = {value.name: NUMPY_TYPES[value.type] for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
+        kinds = {value.type for value in (*self._session.get_inputs(), *self._session.get_outputs())}
+        self._bound = self.providers[0] != CPU or "tensor(bfloat16)" in kinds
 
     @property
     def description(self) -> str:
@@ -80,21 +90,53 @@ class OrtSession:
     def inputs(self) -> Mapping[str, np.dtype[Any]]:
         return self._inputs
 
-    @property
-    def max_items(self) -> int | None:
-        return None
-
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         if self._session is None:
             raise UsageError("this session is closed")
         try:
-            outputs = self._session.run(self._outputs, dict(feeds))
+            outputs = self._run_bound(feeds) if self._bound else self._session.run(self._outputs, dict(feeds))
+        except MetaEmbedError:
+            raise
         except Exception as error:  # several unrelated classes, here too
             raise MetaEmbedError(f"ONNX Runtime failed while running: {_first_line(error)}") from error
         return dict(zip(self._outputs, outputs, strict=True))
 
+    def _run_bound(self, feeds: Arrays) -> list[NDArray[Any]]:
+        """Through OrtValues, which also hold bf16; ONNX Runtime copies to and from the GPU where there is one."""
+        values = {name: self._value(name, np.ascontiguousarray(array)) for name, array in feeds.items()}
+        binding = self._session.io_binding()
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu")
+        binding.synchronize_inputs()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return [_array(value) for value in binding.get_outputs()]
+
+    def _value(self, name: str, array: NDArray[Any]) -> Any:
+        if array.dtype != self._inputs.get(name, array.dtype):
+            raise UsageError(f"{name} has type {array.dtype}, and the graph takes {self._inputs[name]}")
+        if array.dtype != ml_dtypes.bfloat16:
+            return ort.OrtValue.ortvalue_from_numpy(array)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), BFLOAT16)
+
     def close(self) -> None:
         self._session = None
+
+
+def _array(value: Any) -> NDArray[Any]:
+    """An output in host memory as an array of its own."""
+    if value.element_type() != BFLOAT16:
+        return np.array(value.numpy())
+    size = value.tensor_size_in_bytes()
+    bits = (ctypes.c_ubyte * size).from_address(value.data_ptr()) if size else b""
+    return np.array(np.frombuffer(bits, ml_dtypes.bfloat16).reshape(value.shape()))
+
+
+def available_providers() -> list[str]:
+    """What this build of ONNX Runtime names, whether or not its libraries and a GPU are here."""
+    return list(ort.get_available_providers())
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,7 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
     """Yield an empty folder beside ``output``; rename it to ``output`` on success, remove it on any failure."""
     output = Path(os.path.abspath(output))
     check_output(output, force=force)
+    made = [folder for folder in output.parents if not folder.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(output)
     check_output(output, force=force)  # a bundle may have been put back
@@ -46,7 +47,17 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
         _replace(staging, output, force=force)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        _remove_empty(made)
         raise
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Take back the folders that were made for an output, the innermost first; one that others use by now stays."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _replace(staging: Path, output: Path, *, force: bool) -> None:

@@ -13,21 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleError
-from .manifest import LANGUAGE, VISION, Bundle, cpu_graph
+from .manifest import LANGUAGE, SCORER, VISION, Bundle, cpu_graph
 from .protobuf import Fields, messages, read_fields, text
 
 # Every operator a default graph may hold. All are in the ONNX-TensorRT 10.3 operator table
 # (github.com/onnx/onnx-tensorrt/blob/release/10.3-GA/docs/operators.md), the parser that JetPack 6.2 ships.
 OPERATORS = frozenset(
-    "Add And Cast Clip Concat Constant Cos Div Erf Expand Gather GreaterOrEqual Greater Identity LessOrEqual Less MatMul Max Min "
-    "Mul Neg Not Pow Range Reciprocal ReduceMean ReduceSum Reshape Shape Sigmoid Sin Slice Softmax Sqrt Squeeze Sub Transpose "
-    "Unsqueeze Where".split()
+    "Add And Cast Clip Concat Constant Cos Div Erf Expand Gather GreaterOrEqual Greater Identity LessOrEqual Less "
+    "MatMul Max Min Mul Neg Not Pow Range Reciprocal ReduceMax ReduceMean ReduceSum Reshape Shape Sigmoid Sin Slice "
+    "Softmax Sqrt Squeeze Sub Transpose Unsqueeze Where".split()
 )
 QUANTISED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 # CONTRIBUTING.md: inputs and output of each graph.
 SIGNATURES = {
     VISION: ({"patches", "patch_positions", "patch_mask"}, {"image_embeddings"}),
     LANGUAGE: ({"token_ids", "image_rows", "image_embeddings", "positions", "mask", "rows"}, {"embeddings"}),
+    SCORER: ({"queries", "candidates"}, {"scores"}),
 }
 # onnx.proto: ModelProto.graph; GraphProto.node, .initializer, .input, .output; NodeProto.op_type; ValueInfoProto.name;
 # TensorProto.dims, .data_type, .name, .external_data; StringStringEntryProto.key, .value.
@@ -61,9 +62,10 @@ def check_structure(bundle: Bundle) -> list[GraphRecord]:
         BundleError: a graph is missing or damaged, holds an operator outside the list, has other inputs or outputs, or
             reads a weight from beyond a file or from a file that the manifest does not name.
     """
-    twins = [cpu_graph(name) for name in SIGNATURES if cpu_graph(name) in bundle.manifest.files]
-    records = [_check_graph(bundle, name) for name in (*SIGNATURES, *twins)]
-    _open_graphs(bundle, twins)
+    graphs = [name for name in SIGNATURES if name != SCORER or name in bundle.manifest.files]
+    twins = {name: cpu_graph(name) for name in graphs if cpu_graph(name) in bundle.manifest.files}
+    records = [_check_graph(bundle, name) for name in (*graphs, *twins.values())]
+    _open_graphs(bundle, [twins.get(name, name) for name in graphs])
     return records
 
 
@@ -115,11 +117,11 @@ def _check_range(bundle: Bundle, graph: Path, name: str, location: str, offset: 
         )
 
 
-def _open_graphs(bundle: Bundle, twins: list[str]) -> None:
+def _open_graphs(bundle: Bundle, graphs: list[str]) -> None:
     """Open what ONNX Runtime's CPU provider can run: the float32 twins of narrow graphs, else the graphs."""
     try:
         from .session_ort import OrtSession
     except ImportError:
         return
-    for name in twins or SIGNATURES:
+    for name in graphs:
         OrtSession(bundle.path(name), lean=True).close()

@@ -9,9 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx
+import pytest
 
-from metaembed.export.bundle import place_weights, write_manifest
+from metaembed.export.bundle import ExportRequest, place_weights, write_manifest
 from metaembed.export.checkpoint import Checkpoint
+from metaembed.export.models import resolve_model
+from metaembed.runtime.errors import UsageError
 from metaembed.runtime.manifest import MANIFEST, Bundle
 
 
@@ -86,3 +89,8 @@ def test_write_manifest_records_what_is_there(demo_bundle: Path, tmp_path: Path)
     assert set(written.files) == {"engines/a.plan"}
     assert Bundle.open(tmp_path).manifest == written
     assert (tmp_path / MANIFEST).read_bytes().endswith(b"}\n")
+
+
+def test_a_request_without_budgets_is_refused_before_any_work():
+    with pytest.raises(UsageError, match="at least one budget"):
+        ExportRequest(model=resolve_model("demo"), budgets=[])

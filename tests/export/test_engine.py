@@ -24,6 +24,7 @@ from metaembed.export.memory import count_weights
 from metaembed.export.profiles import Sizes, plan_engines, scorer_engine
 from metaembed.export.scorer import write_scorer
 from metaembed.runtime.budget import Budget
+from metaembed.runtime.cli_check import main as check_command
 from metaembed.runtime.engines import read_engine_sets
 from metaembed.runtime.errors import MetaEmbedError
 from metaembed.runtime.manifest import LANGUAGE, MANIFEST, Bundle, record_files
@@ -71,7 +72,7 @@ def test_the_demo_builds_for_every_target_in_both_types_at_all_budgets(narrow_bu
     assert record["compute_capability"] == TARGETS[target]
     assert record["strongly_typed"] is True
     assert record["built_on_device"] is False
-    vision, language = record["engines"]
+    vision, language, scorer = record["engines"]
     types = {
         tensor["name"]: tensor["type"] for tensor in (*language["tensors"]["inputs"], *vision["tensors"]["inputs"])
     }
@@ -84,16 +85,22 @@ def test_the_demo_builds_for_every_target_in_both_types_at_all_budgets(narrow_bu
     assert language["tensors"]["outputs"][0] | {"shape": None} == {"name": "embeddings", "type": "FLOAT", "shape": None}
     rows = [(p["ranges"]["rows"]["min"], p["ranges"]["rows"]["max"]) for p in language["profiles"]]
     assert rows == [([1], [16]), ([1], [64])]
+    scored = {t["name"]: t["type"] for kind in ("inputs", "outputs") for t in scorer["tensors"][kind]}
+    kind = COMPUTE[bundle.manifest.precision]
+    assert scored == {"queries": kind, "candidates": kind, "scores": "FLOAT"}
     weights = count_weights(bundle.manifest.geometry)
-    for engine in record["engines"]:
+    for engine in (vision, language):
         assert engine["bytes"] > weights[engine["name"]].bytes(bundle.manifest.precision, None)
+    for engine in record["engines"]:
         assert engine["bytes"] == (folder / f"engines/{found.target}/{engine['plan']}").stat().st_size
 
 
 def test_the_manifest_vouches_for_what_was_built_and_the_log_is_kept(built):
     bundle = Bundle.open(built)
     files = {name for name in bundle.manifest.files if name.startswith("engines/")}
-    assert files == {f"engines/a100-80gb/{name}" for name in ("build.json", "language.plan", "vision.plan")}
+    assert files == {
+        f"engines/a100-80gb/{name}" for name in ("build.json", "language.plan", "scorer.plan", "vision.plan")
+    }
     assert "Engine generation completed" in (built / "engines/a100-80gb.log").read_text()
     assert bundle.manifest.fingerprint == build_record(built)["bundle"]
     assert not list(built.glob("**/*.part"))
@@ -167,6 +174,68 @@ def test_wrong_requests_get_one_sentence_and_exit_2(folder, capsys, arguments, r
     assert reason in message
     assert message.count("\n") == 1
     assert not (folder / "engines").exists()
+
+
+# --- mending damaged engines
+
+
+def swap(place):
+    (place / "vision.plan").rename(place / "kept")
+    (place / "language.plan").rename(place / "vision.plan")
+    (place / "kept").rename(place / "language.plan")
+
+
+DAMAGE = {
+    "altered": lambda place: rewrite(place / "vision.plan", b"x" * (place / "vision.plan").stat().st_size),
+    "cut": lambda place: rewrite(place / "language.plan", b"x"),
+    "missing": lambda place: (place / "language.plan").unlink(),
+    "swapped": swap,
+    "gone": shutil.rmtree,
+    "unreadable record": lambda place: rewrite(place / "build.json", b"{"),
+}
+
+
+def rewrite(path, content):
+    path.unlink()  # the link, not the file that other tests share
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_engines_stop_the_bundle_and_the_command_it_names_mends_it(built, tmp_path, capsys, damage):
+    """Each kind of damage is refused with a sentence that holds the command; that command is run as it reads."""
+    folder = shutil.copytree(built, tmp_path / "bundle", copy_function=os.link)
+    DAMAGE[damage](folder / "engines" / "a100-80gb")
+    assert check_command([str(folder), "--quiet"]) == 1
+    sentence = capsys.readouterr().err
+    command = shlex.split(sentence.partition("metaembed-build ")[2])
+    assert command == [str(folder), "--target", "a100-80gb", "-f"]
+    assert sentence.count("\n") == 1
+    assert build_command([*command, "--budget", "8,16", "--quiet"]) == 0
+    (found,) = read_engine_sets(Bundle.open(folder))
+    assert set(found.plans) == {"vision.onnx", "language.onnx", "scorer.onnx"}
+
+
+def test_damage_elsewhere_is_not_built_upon(folder, capsys):
+    rewrite(folder / LANGUAGE, b"x")
+    assert build_command([str(folder), "--target", "a100", "-f"]) == 1
+    assert "export again" in capsys.readouterr().err
+    assert not (folder / "engines").exists()
+
+
+def test_a_name_that_leaves_the_folder_is_refused_among_engines_too(folder, demo_bundle, capsys):
+    manifest = json.loads((demo_bundle / MANIFEST).read_bytes())
+    manifest["files"]["engines/../../out.plan"] = {"bytes": 1, "sha256": "0" * 64}
+    rewrite(folder / MANIFEST, json.dumps(manifest).encode())
+    assert build_command([str(folder), "--target", "a100", "-f"]) == 1
+    assert "names a file outside the bundle" in capsys.readouterr().err
+
+
+def test_engines_are_never_built_through_a_link(folder, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "engines").symlink_to(tmp_path / "elsewhere")
+    assert build_command([str(folder), "--target", "a100"]) == 2
+    assert "is a link" in capsys.readouterr().err
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 # --- what the builder itself refuses

@@ -1,15 +1,17 @@
 """The scorer graph in ONNX Runtime, against MaxSim spelled out in float64."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
 
 from metaembed.export.scorer import make_scorer, write_scorer
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.graph_maxsim import chunk_size, maxsim_by_graph
+from metaembed.runtime.golden import golden_path, read_golden
+from metaembed.runtime.graph_maxsim import Scorer, chunk_size, maxsim_by_graph
+from metaembed.runtime.manifest import SCORER, Bundle
 from metaembed.runtime.session_ort import OrtSession
 
 q, n, d = 3, 11, 7
@@ -27,26 +29,11 @@ def maxsim_float64(queries, candidates):
     return np.array([[(a @ b.T).max(1).sum() for b in candidates] for a in queries])
 
 
-class BfloatSession:
-    """ONNX Runtime takes bfloat16 arrays as OrtValues only."""
-
-    def __init__(self, path):
-        self._session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-        self.inputs = {value.name: np.dtype(ml_dtypes.bfloat16) for value in self._session.get_inputs()}
-
-    def run(self, feeds):
-        bits = {name: np.ascontiguousarray(value).view(np.uint16) for name, value in feeds.items()}
-        as_bf16 = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
-        values = {name: as_bf16(value, onnx.TensorProto.BFLOAT16) for name, value in bits.items()}
-        return {"scores": self._session.run_with_ort_values(["scores"], values)[0].numpy()}
-
-
 @pytest.fixture
 def scorer(tmp_path):
     def make(budget=None, precision="bf16"):
-        path = tmp_path / "scorer.onnx"
         write_scorer(tmp_path, d, budget, precision)
-        return BfloatSession(path) if precision == "bf16" else OrtSession(path)
+        return OrtSession(tmp_path / "scorer.onnx")
 
     return make
 
@@ -95,3 +82,44 @@ def test_graph_is_one_gemm_and_two_reductions():
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("MatMul") == 1
     assert [kind for kind in kinds if kind.startswith("Reduce")] == ["ReduceMax", "ReduceSum"]
+
+
+def test_more_queries_than_one_run_takes_are_scored_in_groups(scorer):
+    queries, candidates = embeddings(4, (70, 2, d), np.float32), embeddings(5, (n, 5, d), np.float32)
+    scores = maxsim_by_graph(scorer(None, "fp32"), queries, candidates)
+    np.testing.assert_allclose(scores, maxsim_float64(queries, candidates), atol=1e-5)
+
+
+def test_a_session_with_a_limit_gets_chunks_within_it(scorer):
+    session = scorer(None, "fp32")
+    seen = []
+
+    class Limited:
+        inputs, max_items = session.inputs, 4
+
+        def run(self, feeds):
+            seen.append(len(feeds["candidates"]))
+            return session.run(feeds)
+
+    queries, candidates = embeddings(2, (q, 2, d), np.float32), embeddings(3, (n, 5, d), np.float32)
+    scores = maxsim_by_graph(Limited(), queries, candidates)
+    np.testing.assert_allclose(scores, maxsim_float64(queries, candidates), atol=1e-5)
+    assert seen == [4, 4, 3]
+
+
+def test_every_bundle_carries_its_scorer_and_it_scores(demo_bundle):
+    """In the bundle's own type, hashed by the manifest, and against float64 on the golden vectors themselves."""
+    bundle = Bundle.open(demo_bundle)
+    assert SCORER in bundle.manifest.files
+    queries, candidates = (read_golden(bundle.path(golden_path(side)))[1] for side in ("query", "candidate"))
+    with Scorer.open(bundle) as scorer:
+        assert scorer.dtype == np.float32
+        scores = scorer.scores(queries, candidates)
+    np.testing.assert_allclose(scores, maxsim_float64(queries, candidates), atol=1e-5)
+
+
+def test_the_scorer_is_no_part_of_what_an_index_remembers(demo_bundle):
+    """Bundles older than the scorer keep their fingerprint when they are exported again."""
+    manifest = Bundle.open(demo_bundle, verify=False).manifest
+    older = {name: record for name, record in manifest.files.items() if name != SCORER}
+    assert replace(manifest, files=older).fingerprint == manifest.fingerprint

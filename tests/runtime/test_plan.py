@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,7 +225,7 @@ def test_candidates_may_be_written_as_powers():
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["--model", "8b"], "none of 3b, 7b, 32b"),
+        (["--model", "8b"], "none of demo, 3b, 7b, 32b"),
         (["--model", "7b", "--candidates", "many"], "whole number"),
         (["--model", "7b", "--candidates", "1.5"], "whole number"),
         (["--model", "7b", "--candidates", "nan"], "whole number"),
@@ -261,3 +262,10 @@ def test_command_as_json_and_for_one_device(capsys):
     assert "does not fit" in capsys.readouterr().out
     assert main(["--model", "7b", "--device", "thor"]) == 0
     assert np.isfinite(float(capsys.readouterr().out.split("encode text query")[-1].split()[0]))
+
+
+def test_the_demo_is_known_by_name(demo_folder: Path, capsys: pytest.CaptureFixture[str]):
+    """Expected: the config.json that the export package ships."""
+    assert find_geometry("demo") == find_geometry(str(demo_folder))
+    assert main(["--model", "demo"]) == 0
+    assert "demo" in capsys.readouterr().out

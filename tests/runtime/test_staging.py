@@ -207,3 +207,17 @@ def test_a_kill_at_any_moment_leaves_a_whole_bundle_or_none(tmp_path: Path, writ
     with staged_folder(output, force=True) as folder:
         write_bundle(folder)
     assert names(tmp_path) == ["out"], "the next run cleans up"
+
+
+def test_parents_that_were_made_for_a_failed_output_go_with_it(tmp_path: Path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(KeyError), staged_folder(tmp_path / "there" / "a" / "b" / "out", force=False):
+        raise KeyError
+    assert names(tmp_path / "there") == []
+
+
+def test_a_parent_that_somebody_else_uses_by_now_stays(tmp_path: Path):
+    with pytest.raises(KeyError), staged_folder(tmp_path / "a" / "b" / "out", force=False):
+        (tmp_path / "a" / "note").touch()
+        raise KeyError
+    assert names(tmp_path / "a") == ["note"]

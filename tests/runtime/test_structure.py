@@ -10,13 +10,13 @@ import pytest
 
 from metaembed.runtime.cli_check import main
 from metaembed.runtime.errors import BundleError
-from metaembed.runtime.manifest import LANGUAGE, VISION, Bundle
+from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Bundle
 from metaembed.runtime.structure import check_structure
 
 
 def test_a_good_bundle_passes_and_its_weights_are_counted(demo_bundle: Path):
     """Expected counts from the onnx package."""
-    for record, name in zip(check_structure(Bundle.open(demo_bundle)), (VISION, LANGUAGE), strict=True):
+    for record, name in zip(check_structure(Bundle.open(demo_bundle)), (VISION, LANGUAGE, SCORER), strict=True):
         graph = onnx.load(demo_bundle / name, load_external_data=False).graph
         external = [tensor for tensor in graph.initializer if tensor.external_data]
         assert (record.name, record.nodes, record.weights) == (name, len(graph.node), len(external))
@@ -31,7 +31,7 @@ def test_golden_vectors_are_not_needed(bundle: Path, edit_manifest, capsys: pyte
     assert main([str(bundle), "--structure"]) == 0
     assert "were not compared" in capsys.readouterr().out
     assert main([str(bundle), "--structure", "--json"]) == 0
-    assert [record["name"] for record in json.loads(capsys.readouterr().out)] == [VISION, LANGUAGE]
+    assert [record["name"] for record in json.loads(capsys.readouterr().out)] == [VISION, LANGUAGE, SCORER]
 
 
 def set_entry(tensor: onnx.TensorProto, key: str, value: str) -> None:

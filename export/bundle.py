@@ -15,8 +15,10 @@ import onnx_ir as ir
 
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.check import Check
+from metaembed.runtime.frozen import frozen_name
 from metaembed.runtime.images import ImageRules
 from metaembed.runtime.manifest import (
+    DEFAULT_OPSET,
     LANGUAGE,
     PROCESSOR,
     TOKENIZER,
@@ -33,7 +35,7 @@ from metaembed.runtime.text import Template, Tokenizer
 from metaembed.runtime.weights import place_file
 
 from .checkpoint import Checkpoint, read_json
-from .frozen import frozen_name, trace_frozen
+from .frozen import trace_frozen
 from .graph import WeightRef, attach_weights, check_operators, save_graph, widen_for_cpu
 from .models import ResolvedModel
 from .source import Source, convert_weights, open_source
@@ -52,6 +54,7 @@ class ExportRequest:
 
     ``parity_inputs`` is ``full`` or ``quick``; by default quick for models that take minutes for each input.
     ``freeze`` names sides to write a graph frozen at each budget for, beside the one that serves them all.
+    ``opset`` is one of the manifest's OPSETS.
     """
 
     model: ResolvedModel
@@ -62,6 +65,7 @@ class ExportRequest:
     random_seed: int | None = None
     parity_inputs: str | None = None
     freeze: Sequence[str] = ()
+    opset: int = DEFAULT_OPSET
 
     def __post_init__(self) -> None:
         geometry = self.model.geometry
@@ -158,7 +162,7 @@ def write_graphs(
     }
     for name, trace in {VISION: trace_vision, LANGUAGE: trace_language, **frozen}.items():
         stage(f"tracing {name}")
-        model = trace(checkpoint.geometry, precision=request.precision)
+        model = trace(checkpoint.geometry, precision=request.precision, opset=request.opset)
         attach_weights(model, refs)
         check_operators(model)
         save_graph(model, folder / name)
@@ -188,6 +192,7 @@ def _manifest(request: ExportRequest, checkpoint: Checkpoint, check: Check | Non
         budgets=tuple(request.budgets),
         limits=request.limits,
         precision=request.precision,
+        opset=request.opset,
         template=Template().to_json(),
         files={},
         parity=None if check is None else check.to_json(),

@@ -30,7 +30,8 @@ def open_ort_sessions(bundle: Bundle, graphs: Sequence[str], *, threads: int = 0
     except ImportError:
         raise MetaEmbedError("onnxruntime is not installed here; pip install 'metaembed-export[runtime]'") from None
     files = bundle.manifest.files
-    weights = sum(record.bytes for name, record in files.items() if name.startswith("weights/"))
+    # Not from the manifest, which an export that is judging its new bundle has not completed yet.
+    weights = sum(path.stat().st_size for path in (bundle.folder / "weights").glob("*"))
     chosen = [cpu_graph(graph) if cpu_graph(graph) in files else graph for graph in graphs]
     quantised = bundle.manifest.quantization is not None
     lean = weights > LEAN_BYTES and not quantised  # codes are not widened, and their transposes are worth folding

@@ -13,6 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plain", action="store_true", help="also torch.onnx.export of the loaded modules (much memory)"
     )
+    parser.add_argument("--freeze", action="store_true", help="also graphs frozen at one budget, one a side")
+    parser.add_argument(
+        "--parity", action="store_true", help="instead random weights, judged against Hugging Face's model"
+    )
     parser.add_argument("--kills", type=int, metavar="N", help="instead kill N exports of the demo at random moments")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where to write bundles (default: the system's place)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="add the records to this JSON lines file")
@@ -22,6 +26,7 @@ def work(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from .export import compare_exports, model_config, write_sparse_checkpoint
+    from .export_parity import measure_parity_export
     from .kill_export import kill_exports
     from .records import append_records, make_record
 
@@ -40,6 +45,11 @@ def work(args: argparse.Namespace) -> None:
             keep("export-kills", asdict(kill_exports(folder, args.kills)))
             return
         for model in args.model or ("7b",):
+            if args.parity:
+                keep("export-parity", {"model": model, **measure_parity_export(model, folder / model)})
+                continue
             write_sparse_checkpoint(model_config(model, args.layers), folder / model / "checkpoint")
-            for values in compare_exports(folder / model / "checkpoint", folder / model, plain=args.plain):
+            for values in compare_exports(
+                folder / model / "checkpoint", folder / model, plain=args.plain, freeze=args.freeze
+            ):
                 keep("export", {"model": model, "layers": args.layers or "all", **values})

@@ -20,8 +20,11 @@ from typing import Any
 from metaembed.export.checkpoint import INDEX
 from metaembed.export.safetensors_writer import SHARD_BYTES, TensorSpec, shard_header, shard_index, split_shards
 from metaembed.runtime.errors import MetaEmbedError
+from metaembed.runtime.frozen import find_frozen
 from metaembed.runtime.geometry import Geometry
+from metaembed.runtime.golden import SIDES
 from metaembed.runtime.known_models import KNOWN
+from metaembed.runtime.manifest import Bundle
 from metaembed.runtime.tensors import expected_tensors
 
 COMMAND = "from metaembed.export.cli import main; raise SystemExit(main())"
@@ -32,9 +35,13 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class ProcessCost:
-    """One process: wall seconds, peak resident memory (mapped files included), and peak anonymous memory (without)."""
+    """One process: wall and processor seconds, peak resident memory (mapped files included), and peak anonymous memory.
+
+    Processor seconds of all threads: what a machine that is busy otherwise does not change much.
+    """
 
     seconds: float
+    cpu_seconds: float
     peak_rss_mib: float
     peak_anonymous_mib: float
 
@@ -57,7 +64,8 @@ def run_measured(command: Sequence[str]) -> ProcessCost:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise MetaEmbedError(f"{' '.join(command[3:])} failed ({process.returncode}): {words[-500:]}")
-    return ProcessCost(seconds, usage.ru_maxrss * 1024 / MIB, anonymous / MIB)
+    busy = usage.ru_utime + usage.ru_stime
+    return ProcessCost(seconds, busy, usage.ru_maxrss * 1024 / MIB, anonymous / MIB)
 
 
 def _anonymous_bytes(process: int) -> int:
@@ -98,9 +106,11 @@ def copy_assets(folder: Path) -> None:
         (folder / name).write_bytes((DEMO_FOLDER / name).read_bytes())
 
 
-def measure_export(checkpoint: Path, output: Path, budgets: Sequence[str], precision: str = "bf16") -> dict[str, Any]:
+def measure_export(
+    checkpoint: Path, output: Path, budgets: Sequence[str], precision: str = "bf16", freeze: Sequence[str] = ()
+) -> dict[str, Any]:
     """Export a checkpoint folder with our command, without parity; the record of its cost."""
-    options = [option for budget in budgets for option in ("--budget", budget)]
+    options = [f"--budget={budget}" for budget in budgets] + [f"--freeze={side}" for side in freeze]
     arguments = ["--model", str(checkpoint), *options, "--precision", precision, "--no-parity", "-o", str(output)]
     cost = run_measured([sys.executable, "-c", COMMAND, *arguments, "--quiet", "-f"])
     return {"tool": "metaembed-export", "budgets": list(budgets), **asdict(cost), **bundle_bytes(output)}
@@ -114,6 +124,14 @@ def bundle_bytes(folder: Path) -> dict[str, int]:
     return {"weight_bytes": weights, "graph_bytes": graphs, "bytes_beyond_weights": sum(sizes.values()) - weights}
 
 
+def measure_frozen(checkpoint: Path, output: Path, budget: str, without: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with a graph frozen at each side of one budget: bytes of each, and the mean seconds that each adds."""
+    values = measure_export(checkpoint, output, (budget,), freeze=SIDES)
+    names = find_frozen(Bundle.open(output, verify=False).manifest)
+    added = {f"{key}_each": (values[key] - without[key]) / len(names) for key in ("seconds", "cpu_seconds")}
+    return {**values, "frozen_bytes": {name: (output / name).stat().st_size for name in names}, **added}
+
+
 def measure_plain_export(checkpoint: Path, output: Path, budget: str) -> dict[str, Any]:
     """``torch.onnx.export`` of the loaded modules at one budget, in a process of its own."""
     cost = run_measured([sys.executable, "-m", "metaembed.bench.export_plain", str(checkpoint), str(output), budget])
@@ -121,9 +139,14 @@ def measure_plain_export(checkpoint: Path, output: Path, budget: str) -> dict[st
     return {"tool": "torch.onnx.export", "budgets": [budget], **asdict(cost), "bytes_written": written}
 
 
-def compare_exports(checkpoint: Path, work: Path, *, plain: bool) -> Iterator[dict[str, Any]]:
-    """All budgets at once, then one more alone (what a further budget costs), then the plain way if asked for."""
+def compare_exports(
+    checkpoint: Path, work: Path, *, plain: bool = False, freeze: bool = False
+) -> Iterator[dict[str, Any]]:
+    """All budgets at once, one alone (what a further budget costs), then with frozen graphs, and the plain way if asked for."""
     yield measure_export(checkpoint, work / "all", ALL)
-    yield measure_export(checkpoint, work / "one", ALL[3:4])
+    one = measure_export(checkpoint, work / "one", ALL[3:4])
+    yield one
+    if freeze:
+        yield measure_frozen(checkpoint, work / "frozen", ALL[3], one)
     if plain:
         yield measure_plain_export(checkpoint, work / "plain", ALL[3])

@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
@@ -23,9 +24,9 @@ from metaembed.export.encoder import (
     text_constants,
     vision_constants,
 )
-from metaembed.export.trace import DEFAULT_OPSET
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.layout import PATCHES
+from metaembed.runtime.manifest import DEFAULT_OPSET
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -47,8 +48,8 @@ def load(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     weights = {}
     for name in module.state_dict():
         ref = checkpoint.tensors[name]
-        data = torch.frombuffer(bytearray(ref.read().tobytes()), dtype=DTYPES[ref.dtype])
-        weights[name] = data.reshape(ref.shape)
+        data = np.array(ref.read().reshape(-1).view(np.uint8))
+        weights[name] = torch.from_numpy(data).view(DTYPES[ref.dtype]).reshape(ref.shape)
     module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(False)
 

@@ -18,8 +18,11 @@ from .records import Record
 RECIPE = "recipe.json"
 
 
-def measure_parity(encoder: Encoder) -> Iterator[Record]:
-    """The worst cosine against Hugging Face at the largest budget: one record a side and number of visual tokens."""
+def measure_parity(encoder: Encoder, precision: str | None = None) -> Iterator[Record]:
+    """The worst cosine against Hugging Face at the largest budget: one record a side and number of visual tokens.
+
+    ``precision`` is what the encoder computes in, where that is not the bundle's.
+    """
     bundle, rules = encoder.bundle, read_image_rules(encoder.bundle.path(PROCESSOR))
     for side in SIDES:
         items, reference = read_golden(bundle.path(golden_path(side)))
@@ -33,7 +36,8 @@ def measure_parity(encoder: Encoder) -> Iterator[Record]:
             ours, theirs = vectors[tokens == count].astype(np.float64), reference[tokens == count]
             yield {
                 "model": bundle.manifest.model,
-                "precision": (bundle.manifest.quantization or {}).get("type", bundle.manifest.precision),
+                "precision": precision or (bundle.manifest.quantization or {}).get("type", bundle.manifest.precision),
+                "runs_on": encoder.description,
                 "side": side,
                 "image_tokens": int(count),
                 "items": len(ours),

@@ -16,8 +16,10 @@ import onnx_ir as ir
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.check import Check
 from metaembed.runtime.errors import UsageError
+from metaembed.runtime.frozen import frozen_name
 from metaembed.runtime.images import ImageRules
 from metaembed.runtime.manifest import (
+    DEFAULT_OPSET,
     LANGUAGE,
     PROCESSOR,
     TOKENIZER,
@@ -34,7 +36,7 @@ from metaembed.runtime.text import Template, Tokenizer
 from metaembed.runtime.weights import place_file
 
 from .checkpoint import Checkpoint, read_json
-from .frozen import frozen_name, trace_frozen
+from .frozen import trace_frozen
 from .graph import WeightRef, attach_weights, check_operators, save_graph, widen_for_cpu
 from .models import ResolvedModel
 from .scorer import write_scorer
@@ -54,6 +56,7 @@ class ExportRequest:
 
     ``parity_inputs`` is ``full`` or ``quick``; by default quick for models that take minutes for each input.
     ``freeze`` names sides to write a graph frozen at each budget for, beside the one that serves them all.
+    ``opset`` is one of the manifest's OPSETS.
     """
 
     model: ResolvedModel
@@ -64,6 +67,7 @@ class ExportRequest:
     random_seed: int | None = None
     parity_inputs: str | None = None
     freeze: Sequence[str] = ()
+    opset: int = DEFAULT_OPSET
 
     def __post_init__(self) -> None:
         if not self.budgets:
@@ -166,7 +170,7 @@ def write_graphs(
     }
     for name, trace in {VISION: trace_vision, LANGUAGE: trace_language, **frozen}.items():
         stage(f"tracing {name}")
-        model = trace(checkpoint.geometry, precision=request.precision)
+        model = trace(checkpoint.geometry, precision=request.precision, opset=request.opset)
         attach_weights(model, refs)
         check_operators(model)
         save_graph(model, folder / name)
@@ -196,6 +200,7 @@ def _manifest(request: ExportRequest, checkpoint: Checkpoint, check: Check | Non
         budgets=tuple(request.budgets),
         limits=request.limits,
         precision=request.precision,
+        opset=request.opset,
         template=Template().to_json(),
         files={},
         parity=None if check is None else check.to_json(),

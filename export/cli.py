@@ -12,13 +12,13 @@ from metaembed.runtime.budget import parse_budgets
 from metaembed.runtime.command import Parser, byte_bar, progress, run_command
 from metaembed.runtime.devices import DEVICES, find_device
 from metaembed.runtime.golden import SIDES
-from metaembed.runtime.manifest import Limits
+from metaembed.runtime.manifest import DEFAULT_OPSET, OPSETS, Limits
 from metaembed.runtime.plan import make_plan
 from metaembed.runtime.plan_report import describe, describe_fits
 from metaembed.runtime.staging import check_output
 
 from .cli_build import main as build
-from .preflight import check_types
+from .preflight import check_opset, check_types
 
 CANDIDATES = 100_000  # the corpus that a dry run sizes an index for
 
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--adapter", metavar="FOLDER", help="a PEFT LoRA adapter to merge")
     add("--random-weights", type=int, metavar="SEED", help="made-up weights of the model's geometry, for a rehearsal")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="type to compute in (default: fp32)")
+    add("--opset", type=int, choices=OPSETS, default=DEFAULT_OPSET,
+        help="20: primitive operators, for every TensorRT (default); 23: Attention and RMSNormalization")  # fmt: skip
     add(
         "--max-image-tokens",
         type=int,
@@ -77,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     devices = [find_device(name) for name in args.target or ()]
     for device in devices:
         check_types(device, args.precision)
+        check_opset(device, args.opset)
     if args.dry_run:
         plan = make_plan(model.name, geometry, budgets, CANDIDATES, max_image_tokens=limits.image_tokens)
         found = "random weights" if args.random_weights is not None else model.base or "none were found"
@@ -98,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         random_seed=args.random_weights,
         parity_inputs=args.parity,
         freeze=args.freeze or (),
+        opset=args.opset,
     )
     check = export_bundle(request, output, force=args.force, progress=TerminalProgress(quiet=args.quiet))
     if check is not None and not args.quiet:

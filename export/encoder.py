@@ -174,6 +174,8 @@ class VisionEncoder(nn.Module):
 
 
 class Attention(nn.Module):
+    attend = staticmethod(attend)
+
     def __init__(self, g: TextGeometry) -> None:
         super().__init__()
         self.head_size = g.head_dim
@@ -189,7 +191,7 @@ class Attention(nn.Module):
             project(source).unflatten(-1, (-1, self.head_size))
             for project, source in ((self.q_proj, asking), (self.k_proj, x), (self.v_proj, x))
         )
-        return self.o_proj(attend(rotate(q, asking_cos, asking_sin), rotate(k, cos, sin), v, bias)).float()
+        return self.o_proj(self.attend(rotate(q, asking_cos, asking_sin), rotate(k, cos, sin), v, bias)).float()
 
 
 class DecoderLayer(nn.Module):

@@ -10,23 +10,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from metaembed.runtime.frozen import frozen_meta_tokens
 from metaembed.runtime.geometry import Geometry
-from metaembed.runtime.layout import NOT_IMAGE, candidate_meta_tokens, query_meta_tokens
+from metaembed.runtime.layout import NOT_IMAGE
+from metaembed.runtime.manifest import DEFAULT_OPSET
 
 from .encoder import LanguageEncoder, text_constants
-from .trace import DEFAULT_OPSET, DTYPES, Arguments, repeat_decoder, trace_module
-
-
-def frozen_name(side: str, vectors: int) -> str:
-    """``language.query-8.onnx``."""
-    return f"language.{side}-{vectors}.onnx"
-
-
-def frozen_meta_tokens(geometry: Geometry, side: str, vectors: int) -> list[int]:
-    """Ids of the Meta Tokens that the graph appends itself; the last ``vectors`` of them are the answer."""
-    if side == "query":
-        return list(query_meta_tokens(geometry.text.vocab, vectors).tolist())
-    return list(candidate_meta_tokens(geometry.text.vocab, geometry.query_tokens, vectors).tolist())
+from .trace import DTYPES, Arguments, repeat_decoder, trace_module
 
 
 class FrozenLanguageEncoder(LanguageEncoder):
@@ -38,7 +28,7 @@ class FrozenLanguageEncoder(LanguageEncoder):
 
     def __init__(self, geometry: Geometry, side: str, vectors: int) -> None:
         super().__init__(geometry)
-        self.appended, self.answers = frozen_meta_tokens(geometry, side, vectors), vectors
+        self.appended, self.answers = frozen_meta_tokens(geometry, side, vectors).tolist(), vectors
 
     def forward(
         self, token_ids: Tensor, image_rows: Tensor, image_embeddings: Tensor, positions: Tensor, mask: Tensor

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnxscript import optimizer
 
 from metaembed.runtime.errors import BundleError
-from metaembed.runtime.structure import OPERATORS as ALLOWED_OPERATORS
+from metaembed.runtime.structure import allowed_operators
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ def widen_for_cpu(model: ir.Model, narrow: ir.DataType) -> None:
             value.type = ir.TensorType(wide)
 
 
-def check_operators(model: ir.Model, allowed: frozenset[str] = ALLOWED_OPERATORS) -> None:
-    """Raise BundleError when the graph holds an operator outside the list, which a TensorRT parser might refuse."""
+def check_operators(model: ir.Model) -> None:
+    """Raise BundleError when the graph holds an operator outside its opset's list, which a TensorRT parser might refuse."""
+    allowed = allowed_operators(model.opset_imports[""])
     strange = sorted({node.op_identifier()[1] for node in model.graph.all_nodes()} - allowed)
     if strange or model.functions:
         raise BundleError(

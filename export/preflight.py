@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from metaembed.runtime.devices import DEVICES, FIRST_CAPABILITY, FIRST_TENSORRT, Device
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.manifest import Bundle, Manifest
+from metaembed.runtime.manifest import DEFAULT_OPSET, Bundle, Manifest
 
 from .memory import GIB, Estimate, available_memory, estimate_build
 from .onnx_header import read_opset
@@ -77,7 +77,7 @@ def check_target(
     problems = [
         *_type_problems(manifest, device),
         *_version_problems(device, flavour, version),
-        *_opset_problems(bundle, engines, flavour, version),
+        *_opset_problems(bundle, device, engines, flavour, version),
         *_memory_problems(manifest, device, estimate, flavour, builds_here),
         *(_disk_problems(bundle, estimate) if builds_here else ()),
     ]
@@ -95,6 +95,20 @@ def check_types(device: Device, precision: str, quantization: str | None = None)
     problems = list(_missing_types(device, precision, quantization))
     if problems:
         raise UsageError("; ".join(problems))
+
+
+def check_opset(device: Device, opset: int) -> None:
+    """Refuse an opset that the parser of a board's oldest TensorRT lacks, before anything is exported.
+
+    Raises:
+        UsageError: why, and what to use instead.
+    """
+    version = device.jetpacks[0].tensorrt if device.jetpacks else None
+    if version and opset > newest_opset(version):
+        raise UsageError(
+            f"the parser of TensorRT {version} (JetPack {device.jetpacks[0].version}, {device.title}) takes opset "
+            f"{newest_opset(version)}, not {opset}; export with --opset {newest_opset(version)}"
+        )
 
 
 def _type_problems(manifest: Manifest, device: Device) -> Iterator[str]:
@@ -134,14 +148,20 @@ def _version_problems(device: Device, flavour: str, version: str | None) -> Iter
 
 
 def _opset_problems(
-    bundle: Bundle, engines: tuple[EngineSpec, ...], flavour: str, version: str | None
+    bundle: Bundle, device: Device, engines: tuple[EngineSpec, ...], flavour: str, version: str | None
 ) -> Iterator[str]:
-    most = RTX_OPSET if flavour == "tensorrt_rtx" else newest_opset(version or OLDEST_TENSORRT)
-    label = f"TensorRT {version or OLDEST_TENSORRT}" if flavour == "tensorrt" else "TensorRT-RTX"
+    version = version or (device.jetpacks[0].tensorrt if device.jetpacks else None)
+    if flavour == "tensorrt" and version is None:
+        return  # a kit for a GPU that takes any TensorRT: the build there checks the one it finds
+    most = RTX_OPSET if flavour == "tensorrt_rtx" else newest_opset(str(version))
+    label = f"TensorRT {version}" if flavour == "tensorrt" else "TensorRT-RTX"
+    if flavour == "tensorrt_rtx" and bundle.manifest.opset > DEFAULT_OPSET and bundle.manifest.precision == "fp32":
+        # 1.7.1 for 8.0: "Attention operation was not supported by a dedicated kernel"
+        yield f"{label} has no kernel for an Attention operator in fp32; export with --precision bf16, or --opset {DEFAULT_OPSET}"
     for graph in sorted({engine.graph for engine in engines}):
         opset = read_opset(bundle.path(graph))
         if opset > most:
-            yield f"{graph} uses opset {opset}, and the parser of {label} takes {most}; export with a lower opset"
+            yield f"{graph} uses opset {opset}, and the parser of {label} takes {most}; export with --opset {most}"
 
 
 def newest_opset(version: str) -> int:

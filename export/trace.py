@@ -15,13 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.layout import PATCHES
+from metaembed.runtime.manifest import DEFAULT_OPSET
 
 from .encoder import LanguageEncoder, VisionEncoder, text_constants, vision_constants
+from .fused import FUSED_OPSET, fuse_operators
 from .graph import optimise
 from .repeat import repeat_layers
 
 TRACED_LAYERS = 3  # of the language model: the first, one of the middle, the last
-DEFAULT_OPSET = 20  # primitives only; TensorRT 10.3 (JetPack 6.2) parses it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Arguments = dict[str, tuple[tuple[str | int, ...], torch.dtype]]
@@ -111,6 +112,8 @@ def trace_module(
     sizes = EXAMPLE | {"t": EXAMPLE["t"] + added}
     with _quiet(), FakeTensorMode():
         module = build().eval().requires_grad_(False)
+        if opset >= FUSED_OPSET:
+            fuse_operators(module)
         for parameter in module.parameters():  # not module.to(dtype), which would round the rotary frequencies
             parameter.data = parameter.data.to(dtype)
         example = tuple(

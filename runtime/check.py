@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ from numpy.typing import NDArray
 from .budget import Budget
 from .encoder import Encoder
 from .errors import BundleError, ParityError
+from .frozen import FrozenSession, find_frozen, frozen_meta_tokens
 from .golden import SIDES, GoldenItem, golden_path, read_golden
 from .graph_maxsim import Scorer
-from .manifest import SCORER
+from .manifest import SCORER, VISION
 from .maxsim import maxsim
+from .open_sessions import open_ort_sessions
 from .parity import (
     RANKS,
     TOLERANCES,
@@ -90,11 +93,12 @@ class Check:
 
     def table(self) -> str:
         """For people: one row per side, budget and kind of input, then the ranking per budget."""
-        rows = [f"{'side':<10} {'r':>3}  {'input':<13} {'vectors':>7}  {'worst cosine':>12}  {'max abs':>8}"]
+        width = max([13, *(len(kind) for _, _, kind in self.vectors)])
+        rows = [f"{'side':<10} {'r':>3}  {'input':<{width}} {'vectors':>7}  {'worst cosine':>12}  {'max abs':>8}"]
         for (side, r, kind), record in self.vectors.items():
             mark = "" if record else "  FAILED"
             rows.append(
-                f"{side:<10} {r:>3}  {kind:<13} {record.vectors:>7}  {record.min_cosine:>12.8f}  {record.max_abs:>8.1e}{mark}"
+                f"{side:<10} {r:>3}  {kind:<{width}} {record.vectors:>7}  {record.min_cosine:>12.8f}  {record.max_abs:>8.1e}{mark}"
             )
         for budget, ranking in self.rankings.items():
             mark = "" if ranking else "  FAILED"
@@ -116,11 +120,32 @@ def check_bundle(encoder: Encoder, *, progress: Callable[[Any], Any] = iter) -> 
     bundle = encoder.bundle
     goldens = {side: _read(encoder, side) for side in SIDES}
     kind = (bundle.manifest.quantization or {}).get("type", bundle.manifest.precision)
-    check = replay(encoder, goldens, TOLERANCES[kind], kind, progress=progress)
+    found = replay(encoder, goldens, TOLERANCES[kind], kind, progress=progress)
+    frozen = {
+        (side, vectors, f"{input_kind}, frozen"): compare(*_select(goldens[side], values, input_kind), TOLERANCES[kind])
+        for side, vectors, values in _replay_frozen(encoder, goldens, progress)
+        for input_kind in KINDS
+    }
+    found = replace(found, vectors={**found.vectors, **frozen})
     if SCORER not in bundle.manifest.files:
-        return check
+        return found
     with Scorer.open(bundle) as scorer:
-        return replace(check, scorer=replay_scorer(scorer, goldens, bundle.manifest.budgets))
+        return replace(found, scorer=replay_scorer(scorer, goldens, bundle.manifest.budgets))
+
+
+def _replay_frozen(
+    encoder: Encoder, goldens: Mapping[str, Golden], progress: Callable[[Any], Any]
+) -> Iterator[tuple[str, int, NDArray[np.float32]]]:
+    """(side, vectors, embeddings) of each frozen graph; they are no engines, so ONNX Runtime, where it is, runs them."""
+    bundle = encoder.bundle
+    graphs = find_frozen(bundle.manifest)
+    if not graphs or find_spec("onnxruntime") is None:
+        return
+    for name, (side, vectors) in progress(list(graphs.items())):
+        vision, language = open_ort_sessions(bundle, (VISION, name))
+        meta_tokens = frozen_meta_tokens(bundle.manifest.geometry, side, vectors)
+        with Encoder(bundle, vision, FrozenSession(language, meta_tokens, vectors)) as frozen:
+            yield side, vectors, _encode(frozen, side, goldens[side][0], vectors)
 
 
 def _read(encoder: Encoder, side: str) -> Golden:
@@ -157,10 +182,7 @@ def replay(
     encoded = {}
     work = sorted({(side, getattr(budget, side)) for budget in encoder.budgets for side in SIDES})
     for side, vectors in progress(work):
-        items, _ = goldens[side]
-        encode = encoder.encode_queries if side == "query" else encoder.encode_candidates
-        texts, images = [item.text for item in items], [item.image for item in items]
-        encoded[side, vectors] = encode(texts, images=images, budget=vectors)
+        encoded[side, vectors] = _encode(encoder, side, goldens[side][0], vectors)
     records = {
         (side, vectors, kind): compare(*_select(goldens[side], values, kind), tolerance)
         for (side, vectors), values in encoded.items()
@@ -175,6 +197,11 @@ def replay(
         for budget in encoder.budgets
     }
     return Check(encoder.description, precision, records, rankings)
+
+
+def _encode(encoder: Encoder, side: str, items: Sequence[GoldenItem], vectors: int) -> NDArray[np.float32]:
+    encode = encoder.encode_queries if side == "query" else encoder.encode_candidates
+    return encode([item.text for item in items], images=[item.image for item in items], budget=vectors)
 
 
 def _score(queries: NDArray[np.float32], candidates: NDArray[np.float32]) -> NDArray[np.float32]:

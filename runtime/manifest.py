@@ -24,6 +24,9 @@ VISION, LANGUAGE, SCORER = "vision.onnx", "language.onnx", "scorer.onnx"  # the 
 TOKENIZER, PROCESSOR = "tokenizer.json", "processor.json"
 ENGINES = "engines/"  # what metaembed-build adds
 UNVERIFIED = "unverified"
+# 20 holds primitive operators only, which TensorRT 10.3 (JetPack 6.2) parses; 23 adds Attention and RMSNormalization.
+OPSETS = (20, 23)
+DEFAULT_OPSET = OPSETS[0]
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     quantization: Mapping[str, Any] | None = None
     parity: Mapping[str, Any] | None = None
+    opset: int = DEFAULT_OPSET
     tools: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,6 +86,8 @@ class Manifest:
             raise UsageError("a bundle serves at least one budget")
         for budget in self.budgets:
             budget.check_within(self.geometry.query_tokens, self.geometry.candidate_tokens)
+        if self.opset not in OPSETS:
+            raise UsageError(f"opset {self.opset} is not one of {', '.join(map(str, OPSETS))}")
         kinds = (self.precision,) if self.quantization is None else (self.precision, self.quantization["type"])
         for kind in kinds:
             if kind not in TOLERANCES:
@@ -109,6 +115,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "model": self.model,
             "precision": self.precision,
+            "opset": self.opset,
             "quantization": self.quantization,
             "budgets": [[budget.query, budget.candidate] for budget in self.budgets],
             "limits": asdict(self.limits),
@@ -142,6 +149,7 @@ class Manifest:
                 files={path: FileRecord(**record) for path, record in data["files"].items()},
                 quantization=None if data.get("quantization") is None else _expect(dict, data["quantization"]),
                 parity=_passed_parity(data["parity"]),
+                opset=_expect(int, data.get("opset", DEFAULT_OPSET)),
                 tools=_expect(dict, data.get("tools", {})),
             )
         except (MetaEmbedError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -74,7 +74,8 @@ def _open(bundle: Bundle, graphs: Sequence[str], attempt: Attempt, threads: int)
 
     manifest = bundle.manifest
     files = manifest.files
-    weights = sum(record.bytes for name, record in files.items() if name.startswith("weights/"))
+    # Not from the manifest, which an export that is judging its new bundle has not completed yet.
+    weights = sum(path.stat().st_size for path in (bundle.folder / "weights").glob("*"))
     on_cpu = attempt.providers == (CPU,)
     quantised = manifest.quantization is not None
     lean = (

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .errors import UsageError
 
 RANKS = 10
+NORM_ERROR = 1e-3  # a cosine does not see a vector that was not normalised; a score does
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ SCORE_ERROR = 1e-5  # of a MaxSim score, for each query vector: float32 sums of 
 class ParityRecord:
     """The worst vector of a comparison and where it is; truthy when within the tolerance.
 
-    ``worst`` is (item, vector) of the smallest cosine. An empty comparison and any NaN fail.
+    ``worst`` is (item, vector) of the smallest cosine; ``norm_error`` the most that a candidate's norm differs from 1.
+    An empty comparison and any NaN fail.
     """
 
     vectors: int
@@ -48,17 +50,20 @@ class ParityRecord:
     min_cosine: float
     worst: tuple[int, int]
     tolerance: Tolerance
+    norm_error: float = 0.0
 
     def __bool__(self) -> bool:
-        return self.vectors > 0 and self.min_cosine >= self.tolerance.cosine and self.max_abs <= self.tolerance.max_abs
+        close = self.min_cosine >= self.tolerance.cosine and self.max_abs <= self.tolerance.max_abs
+        return self.vectors > 0 and close and self.norm_error <= NORM_ERROR
 
     def __str__(self) -> str:
         if not self.vectors:
             return "nothing was compared"
+        norm = "" if self.norm_error <= NORM_ERROR else f"; a norm is off by {self.norm_error:.2e} (<= {NORM_ERROR:g})"
         limit = f", max abs <= {self.tolerance.max_abs:g}" if np.isfinite(self.tolerance.max_abs) else ""
         return (
             f"worst cosine {self.min_cosine:.7f} at item {self.worst[0]}, vector {self.worst[1]}; max abs "
-            f"{self.max_abs:.2e} (tolerance: cosine >= {self.tolerance.cosine}{limit})"
+            f"{self.max_abs:.2e} (tolerance: cosine >= {self.tolerance.cosine}{limit}){norm}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -79,12 +84,18 @@ def compare(reference: NDArray[Any], candidate: NDArray[Any], tolerance: Toleran
     if not reference.size:
         return ParityRecord(0, float("nan"), float("nan"), (-1, -1), tolerance)
     a, b = reference.astype(np.float64), candidate.astype(np.float64)
+    norms = np.linalg.norm(b, axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))  # (n, r)
+        cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * norms)  # (n, r)
     worst = int(np.argmin(np.where(np.isfinite(cosine), cosine, -np.inf)))
     item, vector = divmod(worst, reference.shape[1])
     return ParityRecord(
-        cosine.size, float(np.max(np.abs(a - b))), float(cosine.reshape(-1)[worst]), (item, vector), tolerance
+        vectors=cosine.size,
+        max_abs=float(np.max(np.abs(a - b))),
+        min_cosine=float(cosine.reshape(-1)[worst]),
+        worst=(item, vector),
+        tolerance=tolerance,
+        norm_error=float(np.max(np.abs(norms - 1))),
     )
 
 

@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleError
-from .manifest import LANGUAGE, SCORER, VISION, Bundle, cpu_graph
+from .frozen import find_frozen
+from .manifest import DEFAULT_OPSET, LANGUAGE, SCORER, VISION, Bundle, cpu_graph
 from .protobuf import Fields, messages, read_fields, text
 
-# Every operator a default graph may hold. All are in the ONNX-TensorRT 10.3 operator table
+# Every operator a graph of the default opset may hold. All are in the ONNX-TensorRT 10.3 operator table
 # (github.com/onnx/onnx-tensorrt/blob/release/10.3-GA/docs/operators.md), the parser that JetPack 6.2 ships.
 OPERATORS = frozenset(
     "Add And Cast Clip Concat Constant Cos Div Erf Expand Gather GreaterOrEqual Greater Identity LessOrEqual Less "
     "MatMul Max Min Mul Neg Not Pow Range Reciprocal ReduceMax ReduceMean ReduceSum Reshape Shape Sigmoid Sin Slice "
     "Softmax Sqrt Squeeze Sub Transpose Unsqueeze Where".split()
 )
+FUSED = frozenset({"Attention", "RMSNormalization"})  # opset 23's, for parsers from TensorRT 10.15 on
 QUANTISED = frozenset({"QuantizeLinear", "DequantizeLinear"})
+Signature = tuple[set[str], set[str]]
 # CONTRIBUTING.md: inputs and output of each graph.
-SIGNATURES = {
+SIGNATURES: dict[str, Signature] = {
     VISION: ({"patches", "patch_positions", "patch_mask"}, {"image_embeddings"}),
     LANGUAGE: ({"token_ids", "image_rows", "image_embeddings", "positions", "mask", "rows"}, {"embeddings"}),
     SCORER: ({"queries", "candidates"}, {"scores"}),
@@ -36,6 +39,11 @@ GRAPH, NODE, INITIALIZER, INPUT, OUTPUT, OP_TYPE, VALUE_NAME = 7, 1, 5, 11, 12, 
 DIMS, DATA_TYPE, TENSOR_NAME, EXTERNAL, KEY, VALUE = 1, 2, 8, 13, 1, 2
 # TensorProto.DataType: float, uint8, int8, int32, int64, bool, float16, bfloat16, float8e4m3fn.
 ITEM_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 16: 2, 17: 1}
+
+
+def allowed_operators(opset: int) -> frozenset[str]:
+    """Every operator that a graph of this opset may hold, Q/DQ aside."""
+    return OPERATORS if opset == DEFAULT_OPSET else OPERATORS | FUSED
 
 
 @dataclass(frozen=True)
@@ -62,15 +70,19 @@ def check_structure(bundle: Bundle) -> list[GraphRecord]:
         BundleError: a graph is missing or damaged, holds an operator outside the list, has other inputs or outputs, or
             reads a weight from beyond a file or from a file that the manifest does not name.
     """
-    graphs = [name for name in SIGNATURES if name != SCORER or name in bundle.manifest.files]
-    twins = {name: cpu_graph(name) for name in graphs if cpu_graph(name) in bundle.manifest.files}
-    records = [_check_graph(bundle, name) for name in (*graphs, *twins.values())]
-    _open_graphs(bundle, [twins.get(name, name) for name in graphs])
+    inputs, outputs = SIGNATURES[LANGUAGE]
+    frozen = dict.fromkeys(find_frozen(bundle.manifest), (inputs - {"rows"}, outputs))
+    fixed = {name: signature for name, signature in SIGNATURES.items() if name != SCORER or name in bundle.manifest.files}
+    expected = fixed | frozen
+    twins = {name: cpu_graph(name) for name in expected if cpu_graph(name) in bundle.manifest.files}
+    records = [_check_graph(bundle, name, expected[name]) for name in expected]
+    records += [_check_graph(bundle, twin, expected[name]) for name, twin in twins.items()]
+    _open_graphs(bundle, [twins.get(name, name) for name in expected])
     return records
 
 
-def _check_graph(bundle: Bundle, name: str) -> GraphRecord:
-    path = bundle.path(name)
+def _check_graph(bundle: Bundle, name: str, expected: Signature) -> GraphRecord:
+    path, manifest = bundle.path(name), bundle.manifest
     try:
         graph = read_fields(messages(read_fields(path.read_bytes()), GRAPH)[0])
         weights = [_weight_range(read_fields(tensor)) for tensor in messages(graph, INITIALIZER)]
@@ -78,10 +90,11 @@ def _check_graph(bundle: Bundle, name: str) -> GraphRecord:
         ends = tuple({text(read_fields(end), VALUE_NAME) for end in messages(graph, kind)} for kind in (INPUT, OUTPUT))
     except (ValueError, IndexError, KeyError):
         raise BundleError(f"{path} is not an ONNX graph; export again") from None
-    strange = sorted(set(operators) - OPERATORS - (QUANTISED if bundle.manifest.quantization else frozenset()))
+    strange = sorted(
+        set(operators) - allowed_operators(manifest.opset) - (QUANTISED if manifest.quantization else frozenset())
+    )
     if strange:
         raise BundleError(f"{path} holds operators outside the allow-list: {', '.join(strange)}")
-    expected = SIGNATURES[name.replace(".cpu.onnx", ".onnx")]
     if ends != expected:
         raise BundleError(
             f"{path} takes {sorted(ends[0])} and gives {sorted(ends[1])}, not {list(map(sorted, expected))}"

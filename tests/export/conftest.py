@@ -111,11 +111,11 @@ class Deep:
 
     def encode_images(self, vision: OrtSession) -> np.ndarray:
         """Image embeddings of three images."""
-        return vision.run(self._images().feeds())["image_embeddings"]
+        return vision.run(self.images().feeds())["image_embeddings"]
 
     def encode(self, language: OrtSession) -> np.ndarray:
         """Candidates at r = 5: three images, whose embeddings are made up, and a text."""
-        windows = self._images().patches.shape[1]
+        windows = self.images().patches.shape[1]
         size = (len(self.grids), windows * 16, self.geometry.text.hidden)
         embedded = np.random.default_rng(4).standard_normal(size).astype(np.float32)
         grids = [*self.grids, None]
@@ -134,7 +134,7 @@ class Deep:
         session = self.open(name, precision, stored, whole=whole)
         return self.encode_images(session) if name == "vision" else self.encode(session)
 
-    def _images(self) -> VisionInputs:
+    def images(self) -> VisionInputs:
         rng = np.random.default_rng(3)
         pixels = [rng.standard_normal((rows * columns, 1176)).astype(np.float32) for rows, columns in self.grids]
         return lay_out_images(pixels, self.grids)

@@ -11,7 +11,6 @@ import onnxruntime as ort
 import pytest
 
 from metaembed.export.graph import (
-    ALLOWED_OPERATORS,
     WeightRef,
     attach_weights,
     check_operators,
@@ -104,5 +103,15 @@ def test_a_weight_of_another_shape_is_named(model: ir.Model, tmp_path: Path):
 
 def test_an_operator_outside_the_list_is_named(model: ir.Model):
     check_operators(model)
-    with pytest.raises(BundleError, match="Transpose"):
-        check_operators(model, ALLOWED_OPERATORS - {"Transpose"})
+    next(node for node in model.graph if node.op_type == "Neg").op_type = "LSTM"
+    with pytest.raises(BundleError, match="LSTM"):
+        check_operators(model)
+
+
+@pytest.mark.parametrize("name", ["Attention", "RMSNormalization"])
+def test_the_operators_of_opset_23_belong_to_its_graphs_alone(model: ir.Model, name: str):
+    next(node for node in model.graph if node.op_type == "Neg").op_type = name
+    with pytest.raises(BundleError, match=name):
+        check_operators(model)
+    model.opset_imports[""] = 23
+    check_operators(model)

@@ -9,14 +9,17 @@ import onnx
 import pytest
 import torch
 
+from metaembed.export import encoder
 from metaembed.export.bundle import NARROW
 from metaembed.export.checkpoint import Checkpoint
-from metaembed.export.encoder import GatedMLP
-from metaembed.export.graph import ALLOWED_OPERATORS, attach_weights, save_graph
+from metaembed.export.encoder import GatedMLP, VisionEncoder
+from metaembed.export.graph import attach_weights, save_graph
 from metaembed.export.random_weights import write_random_checkpoint
 from metaembed.export.safetensors_writer import TensorSpec, write_checkpoint
 from metaembed.export.source import convert_weights
 from metaembed.runtime.errors import UsageError
+from metaembed.runtime.geometry import Geometry
+from metaembed.runtime.structure import allowed_operators
 
 
 @pytest.mark.parametrize(("name", "precision"), [("vision", "bf16"), ("language", "bf16"), ("language", "fp16")])
@@ -61,7 +64,7 @@ def test_saved_graphs_hold_allowed_operators_and_no_trace_of_the_machine(deep, n
     """No metadata, no path of ours or of torch, and not one operator outside the written list."""
     path = deep.save(name, precision, precision)
     graph = saved(path).graph
-    assert {node.op_type for node in graph.node} <= ALLOWED_OPERATORS
+    assert {node.op_type for node in graph.node} <= allowed_operators(20)
     assert not any(node.metadata_props or node.doc_string for node in graph.node)
     assert not any(
         value.metadata_props or value.doc_string for value in (*graph.input, *graph.output, *graph.value_info)
@@ -128,3 +131,29 @@ def test_fp16_survives_what_overflows_a_plain_swiglu():
     assert got.isfinite().all()
     assert torch.nn.functional.cosine_similarity(got.double(), expected).min() > 0.9999
     torch.testing.assert_close(got.double(), expected, atol=float(expected.abs().max()) * 2e-3, rtol=0)
+
+
+def overflowing_tower(geometry: Geometry, dtype: torch.dtype) -> VisionEncoder:
+    """Blocks whose SwiGLU products reach some 300,000, as those of Qwen2.5-VL do; weights that fit fp16."""
+    torch.manual_seed(1)
+    tower = VisionEncoder(geometry).requires_grad_(False)
+    for block in tower.visual.blocks:
+        mlp = block.mlp
+        for linear, size in ((mlp.gate_proj, 30.0), (mlp.up_proj, 30.0), (mlp.down_proj, 1e-4)):
+            linear.weight.copy_((size * torch.randn_like(linear.weight)).half())
+            linear.bias.zero_()
+    for parameter in tower.parameters():  # not module.to(dtype), which would round the rotary frequencies
+        parameter.data = parameter.data.half().to(dtype)
+    return tower.eval()
+
+
+def test_fp16_guards_the_whole_vision_tower(deep, monkeypatch):
+    """Expected: float32 over the same weights. Without the guard the same tower gives no finite image embedding."""
+    feeds = [torch.from_numpy(values) for values in deep.images().feeds().values()]
+    wanted = overflowing_tower(deep.geometry, torch.float32)(*feeds)
+    guarded = overflowing_tower(deep.geometry, torch.float16)(*feeds).float()
+    assert guarded.isfinite().all()
+    real = feeds[2].reshape(len(deep.grids), -1, 4)[..., 0]
+    assert torch.nn.functional.cosine_similarity(guarded, wanted, dim=-1)[real].min() > 0.999
+    monkeypatch.setattr(encoder, "FP16_SCALE", 1.0)
+    assert not overflowing_tower(deep.geometry, torch.float16)(*feeds)[real].isfinite().all()

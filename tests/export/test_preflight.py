@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from metaembed.export.memory import GIB, count_weights, estimate_build
 from metaembed.export.onnx_header import read_opset
-from metaembed.export.preflight import check_target, check_types, newest_opset, version_key
+from metaembed.export.preflight import check_opset, check_target, check_types, newest_opset, version_key
 from metaembed.export.profiles import Sizes, plan_engines
 from metaembed.export.route import choose_route
 from metaembed.runtime.budget import Budget
@@ -97,6 +97,24 @@ def test_an_opset_beyond_the_parser_is_refused(bundle, tmp_path):
         newer, "orin", flavour="tensorrt", version="10.3.0"
     )
     preflight(newer, "orin", flavour="tensorrt", version="11.4.1")
+    kit = {"flavour": "tensorrt", "version": None, "builds_here": False}
+    assert "TensorRT 10.3.0 takes 20; export with --opset 20" in refusal(newer, "orin", **kit)
+    preflight(newer, "h100", **kit)  # takes any TensorRT: the build there checks the one it finds
+
+
+def test_fp32_attention_is_refused_as_tensorrt_rtx_does(bundle):
+    """tests/export/test_opset_23.py builds the bf16 one."""
+    sentence = refusal(bundle, "a100", changes={"opset": 23})
+    assert "no kernel for an Attention operator in fp32; export with --precision bf16, or --opset 20" in sentence
+    preflight(bundle, "a100", changes={"opset": 23, "precision": "bf16"})
+
+
+def test_an_opset_is_refused_before_the_export_for_boards_of_jetpack_6_and_7_0():
+    for target, tensorrt in (("orin", "10.3.0"), ("orin-nano", "10.3.0"), ("thor", "10.13")):
+        with pytest.raises(UsageError, match=rf"TensorRT {tensorrt} .* takes opset 20, not 23; export with --opset 20"):
+            check_opset(find_device(target), 23)
+        check_opset(find_device(target), 20)
+    check_opset(find_device("a100"), 23)
 
 
 def test_the_opset_is_read_as_the_onnx_package_reads_it(bundle, tmp_path):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import linear, normalize
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
@@ -54,11 +56,11 @@ class Models:
     language: LanguageEncoder
 
 
-def build(projection: bool) -> Models:
+def build(projection: bool, vision_config: dict[str, object] = VISION) -> Models:
     torch.manual_seed(0)
     config = Qwen2_5_VLConfig(
         text_config=TEXT,
-        vision_config=VISION,
+        vision_config=vision_config,
         image_token_id=IMAGE,
         vision_start_token_id=START,
         vision_end_token_id=END,
@@ -89,6 +91,12 @@ def build(projection: bool) -> Models:
 def models(request: pytest.FixtureRequest) -> Models:
     with torch.inference_mode():
         return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def large() -> Models:
+    with torch.inference_mode():
+        return build(False, VISION | {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 1})
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +140,31 @@ def test_vision_module_equals_hf_on_one_image(models: Models, grid: tuple[int, i
     pixels = random_pixels([grid], seed=3)
     mine = run_vision(models, lay_out_images(pixels, [grid]))
     assert worst(mine[0][window_slots(grid)], hf_vision(models, pixels, [grid])[0]) <= TOLERANCE
+
+
+UNITS = st.integers(1, 24)  # merged units of 2 x 2 patches along a side
+
+
+@given(units=st.lists(st.tuples(UNITS, UNITS), min_size=1, max_size=4))
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_any_grids_in_one_vision_batch_equal_hf(models: Models, units: list[tuple[int, int]]):
+    grids = [(2 * rows, 2 * columns) for rows, columns in units]
+    pixels = random_pixels(grids)
+    mine = run_vision(models, lay_out_images(pixels, grids))
+    for image, (grid, wanted) in enumerate(zip(grids, hf_vision(models, pixels, grids), strict=True)):
+        assert worst(mine[image][window_slots(grid)], wanted) <= TOLERANCE, grid
+
+
+@given(units=st.tuples(st.integers(20, 48), st.integers(20, 48)))
+@example(units=(48, 48))  # 2,304 visual tokens
+@example(units=(4, 576))
+@settings(max_examples=2, deadline=None, derandomize=True)
+def test_images_beyond_1024_tokens_equal_hf(large: Models, units: tuple[int, int]):
+    """One head and one full block, since attention over a whole image takes memory with the square of its tokens."""
+    grid = (2 * units[0], 2 * units[1])
+    pixels = random_pixels([grid])
+    mine = run_vision(large, lay_out_images(pixels, [grid]))
+    assert worst(mine[0][window_slots(grid)], hf_vision(large, pixels, [grid])[0]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("filler", [1e4, -1e4])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -87,6 +87,22 @@ def test_any_image_with_any_text_matches_hf(
     item = [GoldenItem(text, draw_page(seed, size))]
     record = compare(reference.encode("candidate", item), encode(encoder, "candidate", item), EXACT)
     assert record, record
+
+
+SIDES = st.floats(0.0, np.log(2000)).map(
+    lambda exponent: round(np.exp(exponent))
+)  # 1 to 2000 px, as many small as large
+
+
+@given(sizes=st.lists(st.tuples(SIDES, SIDES), min_size=2, max_size=4))
+@example(sizes=[(1, 2000), (2000, 1), (28, 28)])
+@example(sizes=[(2000, 1600), (60, 2000)])  # resized to the limit of 1,024 visual tokens
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_images_of_any_size_in_one_batch_match_hf(encoder: Encoder, reference: Reference, sizes: list[tuple[int, int]]):
+    items = [GoldenItem(image=draw_page(place, size)) for place, size in enumerate(sizes)]
+    wanted = np.concatenate([reference.encode("candidate", [item]) for item in items])
+    record = compare(wanted, encode(encoder, "candidate", items), EXACT)
+    assert record, (sizes, str(record))
 
 
 @pytest.mark.parametrize(("r_q", "r_c"), BUDGETS)

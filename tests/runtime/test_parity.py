@@ -27,6 +27,16 @@ def embeddings() -> np.ndarray:
     return (values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(np.float32)
 
 
+@pytest.mark.parametrize("length", [1.002, 0.998, 128.0])
+def test_vectors_that_were_not_normalised_fail_though_their_cosine_is_1(embeddings: np.ndarray, length: float):
+    record = compare(embeddings, embeddings * length, LOOSE)
+    assert record.min_cosine == pytest.approx(1.0, abs=1e-6)
+    assert record.norm_error == pytest.approx(abs(length - 1), abs=1e-4)
+    assert not record
+    assert "a norm is off by" in str(record)
+    assert compare(embeddings, embeddings * 1.0005, LOOSE), "bf16 rounds by less"
+
+
 def test_the_tolerances_are_those_of_the_design():
     """The table of DESIGN.md, copied by hand: cosine, top-10 overlap, max abs."""
     table = {name: (t.cosine, t.overlap, t.max_abs) for name, t in TOLERANCES.items()}

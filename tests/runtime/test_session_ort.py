@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 
+from metaembed.runtime import open_sessions, session_ort
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.layout import lay_out_images
+from metaembed.runtime.manifest import LANGUAGE, VISION, Bundle
 from metaembed.runtime.session_ort import OrtSession
 
 
@@ -68,3 +71,25 @@ def test_a_graph_without_its_weights_is_one_sentence(demo_bundle: Path, tmp_path
     (tmp_path / "vision.onnx").write_bytes((demo_bundle / "vision.onnx").read_bytes())
     with pytest.raises(BundleError, match="cannot load"):
         OrtSession(tmp_path / "vision.onnx")
+
+
+@pytest.mark.parametrize(("limit", "lean"), [(1, True), (1 << 40, False)])
+def test_large_weights_stay_on_disk_even_before_the_manifest_names_them(
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch, limit: int, lean: bool
+):
+    """While an export judges its own bundle, bundle.json does not hold the weights yet; 3B then took 23 GB."""
+    asked = []
+
+    class Recorded(OrtSession):
+        def __init__(self, path: Path, **options: bool) -> None:
+            asked.append(options["lean"])
+            super().__init__(path, **options)
+
+    monkeypatch.setattr(session_ort, "OrtSession", Recorded)
+    monkeypatch.setattr(open_sessions, "LEAN_BYTES", limit)
+    manifest = Bundle.open(demo_bundle, verify=False).manifest
+    files = {name: record for name, record in manifest.files.items() if not name.startswith("weights/")}
+    unfinished = Bundle(demo_bundle, replace(manifest, files=files))
+    for session in open_sessions.open_ort_sessions(unfinished, (VISION, LANGUAGE)):
+        session.close()
+    assert asked == [lean, lean]

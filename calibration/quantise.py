@@ -15,13 +15,12 @@ import onnx_ir as ir
 from metaembed.runtime.check import Check, check_bundle
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.errors import ParityError, UsageError
-from metaembed.runtime.golden import SIDES, golden_path, read_golden
 from metaembed.runtime.manifest import Bundle, write_manifest
 from metaembed.runtime.parity import TOLERANCES
 from metaembed.runtime.staging import check_output, staged_folder
 
 from . import sensitivity, smoothing
-from .dataset import CalibrationItem, CalibrationSet
+from .dataset import CalibrationSet
 from .formats import find_format
 from .judge import Judge, Verdict
 from .linears import check_finite, read_tensor
@@ -33,8 +32,6 @@ from .workshop import Workshop
 log = logging.getLogger(__name__)
 RECIPE, WORK = "recipe.json", "work"
 MIN_SHARE = 0.9
-# Larger golden images are left to the final check: attention over 4096 patches would dominate a search of many runs.
-JUDGED_PIXELS = 256 * 28 * 28
 TOOLS = ("metaembed-export", "onnx", "onnx-ir", "onnxruntime")
 Report = Callable[[str], object]
 Progress = Callable[[Any, str], Iterable[Any]]
@@ -134,9 +131,8 @@ def _settle(workshop: Workshop, request: Request, report: Report, progress: Prog
     assert request.data is not None
     recipe = draft_recipe(workshop, request, report, progress)
     report("judging on held-out data")
-    items = [*request.data.held_out, *golden_inputs(workshop.bundle)]
     with workshop.source_encoder() as reference:
-        judge = Judge(reference, items, TOLERANCES[request.type])
+        judge = Judge(reference, request.data.held_out, TOLERANCES[request.type])
     found = sensitivity.search(
         recipe,
         lambda attempt: judge.judge(workshop.encoder(attempt)),
@@ -191,19 +187,6 @@ def draft_recipe(workshop: Workshop, request: Request, report: Report, progress:
     )
 
 
-def golden_inputs(bundle: Bundle) -> list[CalibrationItem]:
-    """The inputs of the bundle's golden vectors, but for the largest images; none where it was exported without."""
-    found = []
-    for side in SIDES:
-        if golden_path(side) not in bundle.manifest.files:
-            continue
-        items, _ = read_golden(bundle.path(golden_path(side)))
-        for place, item in enumerate(items):
-            if item.image is None or item.image.width * item.image.height <= JUDGED_PIXELS:
-                found.append(CalibrationItem(side, item.text, item.image, f"golden {side} {place}"))
-    return found
-
-
 def _write(workshop: Workshop, recipe: Recipe, request: Request, folder: Path) -> None:
     """Everything but the parity record."""
     source = workshop.bundle
@@ -235,7 +218,7 @@ def _final_check(folder: Path, recipe: Recipe, nearest: Path, threads: int, prog
         recipe.save(nearest)
         raise ParityError(
             f"the {recipe.type} bundle fails its own check and was not written: {'; '.join(check.failures())}. Its recipe "
-            f"is {nearest}: set more of its costliest groups to quantised: false and give it with --recipe"
+            f"is {nearest}: set more of its costliest groups to quantised: false and give it to metaembed-calibrate with --recipe"
         )
     return check
 
@@ -247,5 +230,6 @@ def _too_little(recipe: Recipe, request: Request, nearest: Path) -> str:
     return (
         f"{recipe.type} holds its tolerance only with {len(high)} of {len(recipe.groups)} groups kept high ({some}), which "
         f"leaves {recipe.share:.1%} of the Linears' work quantised, below {request.min_share:.0%}. The nearest recipe that "
-        f"passes is {nearest}: to accept it, run again with --recipe {nearest} --min-share {floor}"
+        f"passes is {nearest}: to accept it, metaembed-calibrate BUNDLE --quantize {recipe.type} --recipe {nearest} "
+        f"--min-share {floor}"
     )

@@ -122,8 +122,9 @@ def calibrate(source: Path, request: Request, output: Path, *, force: bool, quie
         print(done.check.table())
     held = "" if done.verdict is None else f"held-out {done.verdict}, "
     checked = "check passed" if done.check else "UNVERIFIED (the source has no golden vectors)"
+    twice = f", {len(done.recipe.twice)} group(s) in two steps" if done.recipe.twice else ""
     high = f", {len(done.recipe.high)} group(s) kept high" if done.recipe.high else ""
-    print(f"{output}: {done.recipe.share:.1%} of the Linears' work in {request.type}{high}; {held}{checked}")
+    print(f"{output}: {done.recipe.share:.1%} of the Linears' work in {request.type}{twice}{high}; {held}{checked}")
 
 
 def read_data(data: str, seed: int) -> list[CalibrationItem]:

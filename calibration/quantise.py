@@ -27,6 +27,7 @@ from .linears import check_finite, read_tensor
 from .observe import count_multiplies, observe
 from .observers import OBSERVERS
 from .recipe import GroupRecipe, Recipe
+from .awkward import awkward
 from .workshop import Workshop
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,8 @@ def _settle(workshop: Workshop, request: Request, report: Report, progress: Prog
     recipe = draft_recipe(workshop, request, report, progress)
     report("judging on held-out data")
     with workshop.source_encoder() as reference:
-        judge = Judge(reference, request.data.held_out, TOLERANCES[request.type])
+        held_out = request.data.held_out
+        judge = Judge(reference, [*held_out, *awkward(held_out, held_out=True)], TOLERANCES[request.type])
     found = sensitivity.search(
         recipe,
         lambda attempt: judge.judge(workshop.encoder(attempt)),
@@ -146,10 +148,11 @@ def draft_recipe(workshop: Workshop, request: Request, report: Report, progress:
     data, groups, form = request.data, workshop.groups, workshop.form
     assert data is not None
     graphs = workshop.runnable_graphs()
+    items = [*data.items, *awkward(data.items, held_out=False)]
     report("observing ranges")
     common = {"seed": data.seed, "threads": request.threads}
     observers = observe(
-        workshop.bundle, graphs, groups, data.items, **common, progress=lambda items: progress(items, "observing")
+        workshop.bundle, graphs, groups, items, **common, progress=lambda items: progress(items, "observing")
     )
     smoothings: list[smoothing.Smoothing] = []
     if request.smooth:
@@ -165,7 +168,7 @@ def draft_recipe(workshop: Workshop, request: Request, report: Report, progress:
             workshop.bundle,
             graphs,
             groups,
-            data.items,
+            items,
             divisors=divisors,
             **common,
             progress=lambda items: progress(items, "observing"),
@@ -202,6 +205,7 @@ def _write(workshop: Workshop, recipe: Recipe, request: Request, folder: Path) -
         "type": recipe.type,
         "observer": recipe.observer,
         "share_of_linear_multiplies": recipe.share,
+        "in_two_steps": recipe.twice,
         "kept_high": recipe.high,
         "calibration": dict(recipe.calibration),
         "source_fingerprint": source.manifest.fingerprint,

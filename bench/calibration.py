@@ -7,7 +7,7 @@ ranges differ. All calibrate on the same items of the training split.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from metaembed.calibration.dataset import CalibrationItem
-from metaembed.calibration.linears import find_linears, load_graphs
-from metaembed.calibration.observe import encode_item
+from metaembed.calibration.linears import find_groups, load_graphs
+from metaembed.calibration.recipe import Recipe
 from metaembed.calibration.sessions import ExactSession
 from metaembed.runtime.encoder import Encoder
-from metaembed.runtime.manifest import LANGUAGE, VISION, Bundle
+from metaembed.runtime.manifest import Bundle
 from metaembed.runtime.maxsim import maxsim
 from metaembed.runtime.parity import TOLERANCES, compare, compare_rankings
-from metaembed.runtime.session import Arrays
 
 from .metrics import ndcg
 from .scenes_queries import Split
@@ -67,94 +65,41 @@ def measure_quality(
         }
 
 
-class Recorder:
-    """A session that keeps the feeds it is given: calibration data for quantisers that read feeds."""
-
-    def __init__(self, session: ExactSession) -> None:
-        self._session = session
-        self.feeds: list[Arrays] = []
-        self.description, self.inputs, self.max_items = session.description, session.inputs, session.max_items
-
-    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        self.feeds.append(dict(feeds))
-        return self._session.run(feeds)
-
-    def close(self) -> None:
-        self._session.close()
-
-
-def record_feeds(bundle: Bundle, items: Iterable[CalibrationItem], threads: int) -> dict[str, list[Arrays]]:
-    """What each graph is fed when the items are encoded at the largest budget."""
-    models = load_graphs(bundle.folder)
-    recorders = {
-        name: Recorder(ExactSession(models[name], bundle.folder, threads=threads)) for name in (VISION, LANGUAGE)
-    }
-    with Encoder(bundle, *recorders.values()) as encoder:
-        for item in items:
-            encode_item(encoder, item)
-    return {name: recorder.feeds for name, recorder in recorders.items()}
-
-
-def quantise_with_onnxruntime(
-    bundle: Bundle, feeds: Mapping[str, Sequence[Arrays]], method: str, folder: Path, *, linears_only: bool
-) -> None:
-    """onnxruntime's static quantisation: symmetric INT8, per-channel weights, ranges by MinMax, Entropy or Percentile.
+def shares_of_linears(folder: Path, recipe: Recipe) -> dict[tuple[str, str], float]:
+    """Share of the Linears' multiply-adds by graph and name of the MatMul, as the calibration set had it.
 
     Args:
-        linears_only: quantise the Linears that ours may quantise; otherwise every MatMul, as its defaults do.
+        folder: of the float bundle that the recipe is for.
     """
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-
-    folder.mkdir(parents=True)
-    for name, model in load_graphs(bundle.folder).items():
-        nodes = [str(linear.matmul.name) for linear in find_linears(model)] if linears_only else None
-        quantize_static(
-            bundle.folder / name,
-            folder / name,
-            _Reader(feeds[name]),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_quantize=nodes,
-            calibrate_method=getattr(CalibrationMethod, method),
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
-        )
+    shares = {group.name: group.share for group in recipe.groups}
+    return {
+        (group.graph, str(linear.matmul.name)): shares[group.name] * linear.size / group.size
+        for group in find_groups(load_graphs(folder))
+        for linear in group.linears
+    }
 
 
-class _Reader:
-    """The calibration data reader that onnxruntime asks for."""
-
-    def __init__(self, feeds: Sequence[Arrays]) -> None:
-        self._rest = iter(feeds)
-
-    def get_next(self) -> Arrays | None:
-        return next(self._rest, None)
-
-
-def share_quantised(folder: Path) -> float:
-    """Share of the Linears' weights, by count of elements, whose MatMul reads a DequantizeLinear."""
-    sizes = {True: 0, False: 0}
-    for model in load_graphs(folder).values():
-        for node in model.graph:
-            if node.op_type != "MatMul":
-                continue
-            weight, rounded = _weight_of(node)
-            if weight is not None:
-                sizes[rounded] += int(np.prod(weight.shape.numpy()))
-    return sizes[True] / sum(sizes.values())
+def share_quantised(folder: Path, shares: Mapping[tuple[str, str], float]) -> float:
+    """Share of the Linears' multiply-adds whose MatMul reads a rounded input and a rounded weight."""
+    return sum(
+        shares.get((graph, str(node.name)), 0.0)
+        for graph, model in load_graphs(folder).items()
+        for node in model.graph
+        if node.op_type == "MatMul" and all(_is_rounded(value) for value in node.inputs)
+    )
 
 
-def _weight_of(node: ir.Node) -> tuple[ir.Value | None, bool]:
-    """The initialiser (out, in) or (in, out) behind a MatMul's second input, and whether it is dequantised."""
-    value, rounded = node.inputs[1], False
-    while (producer := value.producer()) is not None:
-        if producer.op_type not in ("Transpose", "Cast", "DequantizeLinear"):
-            return None, False
-        rounded |= producer.op_type == "DequantizeLinear"
-        value = producer.inputs[0]
-    return (value if value.is_initializer() and len(value.shape) == 2 else None), rounded
+def _is_rounded(value: ir.Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    while producer is not None and producer.op_type in ("Transpose", "Cast"):
+        producer = producer.inputs[0].producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a bundle's weight files."""
+    files = Bundle.open(folder, verify=False).manifest.files
+    return sum(record.bytes for name, record in files.items() if name.startswith("weights/"))
 
 
 def time_interleaved(

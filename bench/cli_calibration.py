@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from metaembed.runtime.errors import UsageError
+from metaembed.runtime.errors import MetaEmbedError, UsageError
 from metaembed.runtime.manifest import Bundle
-
-ORT_METHODS = ("MinMax", "Entropy", "Percentile")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,24 +24,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--graphs", type=Path, action="append", default=[], metavar="DIR", help="vision.onnx and language.onnx that another "
         "tool quantised, judged beside; repeatable")  # fmt: skip
     add("--onnxruntime", action="store_true", help="also quantise with onnxruntime's static quantisation")
+    add("--modelopt-python", type=Path, metavar="PYTHON", help="also quantise with NVIDIA ModelOpt: the Python of an "
+        "environment of its own, with nvidia-modelopt[onnx]")  # fmt: skip
     add("--count", type=int, default=500, metavar="N", help="candidate pages of the test split (default: 500)")
     add("--seed", type=int, default=0, help="seed of the test split (default: 0)")
-    add("--samples", type=int, default=128, metavar="N", help="calibration items for onnxruntime (default: 128)")
+    add("--samples", type=int, default=128, metavar="N", help="calibration items of the other tools (default: 128)")
     add("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: one per core)")
     add("-o", "--output", type=Path, metavar="FILE", help="append the records to this JSONL file")
 
 
 def work(args: argparse.Namespace) -> int:
-    if len(args.bundles) < 2 and not args.graphs and not args.onnxruntime:
-        raise UsageError("name the float bundle and at least one contender")
-    command = " ".join(["metaembed-bench", *sys.argv[1:]])
-    for record in measure_speed(args) if args.speed else measure_contenders(args):
-        line = json.dumps({**record, "command": command})
-        print(line, flush=True)
+    from .records import append_records, make_record
+
+    if len(args.bundles) < 2:
+        raise UsageError("name the float bundle and at least one bundle that metaembed-calibrate made of it")
+    kind, measured = ("int8_speed", measure_speed) if args.speed else ("calibration", measure_contenders)
+    for values in measured(args):
+        print(json.dumps(values), flush=True)
         if args.output:
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            append_records(args.output, [make_record(kind, values, args.bundles[0])])
     return 0
 
 
@@ -63,36 +62,81 @@ def measure_speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def measure_contenders(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from .calibration import embed_split, exact_encoder, measure_quality, share_quantised
+    """A record for each contender and budget; one that could not be made is a record with the reason."""
+    from metaembed.calibration.recipe import Recipe
+
+    from .calibration import (
+        embed_split,
+        exact_encoder,
+        measure_quality,
+        share_quantised,
+        shares_of_linears,
+        weight_bytes,
+    )
     from .scenes_queries import make_split
 
+    source, own = Bundle.open(args.bundles[0]), args.bundles[1:]
+    recipes = [folder / "recipe.json" for folder in own if (folder / "recipe.json").is_file()]
+    if not recipes:
+        raise UsageError(
+            "name at least one bundle that metaembed-calibrate made: its recipe says what each Linear weighs"
+        )
+    shares = shares_of_linears(source.folder, Recipe.load(recipes[0]))
     split = make_split("test", args.seed, scenes=args.count, queries=(args.count // 4,) * 3)
-    source = Bundle.open(args.bundles[0])
+    common = {"test_seed": args.seed, "candidates": args.count, "queries": 3 * (args.count // 4)}
     with exact_encoder(source, source.folder, args.threads) as encoder:
         reference = embed_split(encoder, split)
     with tempfile.TemporaryDirectory() as scratch:
-        contenders = {folder.name: folder for folder in (*args.bundles[1:], *args.graphs)}
-        if args.onnxruntime:
-            contenders |= _onnxruntime(source, args, Path(scratch))
+        contenders: dict[str, Path | str] = {folder.name: folder for folder in (*own, *args.graphs)}
+        contenders |= _competitors(source, args, Path(scratch))
         for name, folder in contenders.items():
+            kind = "fp8" if "fp8" in name else "int8"
+            head = {"contender": name, "type": kind, **common}
+            if isinstance(folder, str):
+                yield {**head, "error": folder}
+                continue
+            head["share_of_linear_multiplies"] = round(share_quantised(folder, shares), 4)
+            if folder in own:
+                head |= {"weight_bytes": weight_bytes(folder), "weight_bytes_source": weight_bytes(source.folder)}
             with exact_encoder(source, folder, args.threads) as encoder:
                 found = embed_split(encoder, split)
-            kind = "fp8" if "fp8" in name else "int8"
             for record in measure_quality(split, reference, found, source, kind):
-                yield {"contender": name, "share_of_linear_weights": round(share_quantised(folder), 4), **record}
+                yield {**head, **record}
 
 
-def _onnxruntime(source: Bundle, args: argparse.Namespace, scratch: Path) -> dict[str, Path]:
+def _competitors(source: Bundle, args: argparse.Namespace, scratch: Path) -> dict[str, Path | str]:
+    """Folders of graphs that other tools quantised, from the items that ours calibrates on, or why there are none."""
+    if not args.onnxruntime and args.modelopt_python is None:
+        return {}
     from metaembed.calibration.cli import demo_items
     from metaembed.calibration.dataset import choose
+    from metaembed.calibration.awkward import awkward
 
-    from .calibration import quantise_with_onnxruntime, record_feeds
+    from .quantisers import (
+        MODELOPT,
+        ONNXRUNTIME,
+        quantise_with_modelopt,
+        quantise_with_onnxruntime,
+        record_feeds,
+        save_feeds,
+        write_plain_graphs,
+    )
 
-    feeds = record_feeds(source, choose(demo_items(0), "demo", samples=args.samples).items, args.threads)
-    found = {}
-    for method in ORT_METHODS:
-        for linears_only in (True, False):
-            name = f"onnxruntime-{method}-{'linears' if linears_only else 'all-matmuls'}"
-            quantise_with_onnxruntime(source, feeds, method, scratch / name, linears_only=linears_only)
-            found[name] = scratch / name
+    limits = source.manifest.limits
+    chosen = choose(demo_items(0), "demo", samples=args.samples, text_tokens=limits.text_tokens).items
+    feeds = record_feeds(source, [*chosen, *awkward(chosen, held_out=False)], args.threads)
+    plain = scratch / "plain"
+    linears = write_plain_graphs(source, plain)
+    found: dict[str, Path | str] = {}
+    for method in ONNXRUNTIME if args.onnxruntime else ():
+        found[method.name] = folder = scratch / method.name.replace(" ", "-")
+        quantise_with_onnxruntime(method, plain, linears, feeds, folder)
+    if args.modelopt_python is not None:
+        save_feeds(feeds, plain)
+        for method in MODELOPT:
+            found[method.name] = folder = scratch / method.name.replace(" ", "-")
+            try:
+                quantise_with_modelopt(method, args.modelopt_python, plain, linears, folder)
+            except MetaEmbedError as error:
+                found[method.name] = str(error)
     return found

@@ -6,11 +6,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from metaembed.runtime.command import Parser, progress, run_command
 from metaembed.runtime.errors import MetaEmbedError
 
 from .dataset import SAMPLES, CalibrationItem
+
+if TYPE_CHECKING:
+    from .quantise import Request
 
 EPILOG = """examples:
   metaembed-calibrate out --quantize int8 --data pages/ -o out8
@@ -56,42 +60,71 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        from .dataset import choose
-        from .quantise import Request, quantise_bundle
-        from .recipe import Recipe
-    except ImportError as error:
-        raise MetaEmbedError(f"{error.name} is not installed; pip install 'metaembed-export[calibration]'") from None
     from metaembed.runtime.manifest import Bundle
 
     limits = Bundle.open(args.bundle, verify=False).manifest.limits
-    data = None
-    if args.data is not None:
-        items = read_data(args.data, args.seed)
-        data = choose(items, args.data, samples=args.samples, seed=args.seed, text_tokens=limits.text_tokens)
-    request = Request(
-        type=args.quantize,
-        data=data,
-        recipe=None if args.recipe is None else Recipe.load(args.recipe),
+    request = make_request(
+        args.quantize,
+        args.data,
+        text_tokens=limits.text_tokens,
+        samples=args.samples,
+        seed=args.seed,
+        recipe=args.recipe,
         observer=args.observer,
         smooth=not args.no_smoothing,
         min_share=args.min_share,
     )
+    calibrate(args.bundle, request, args.output, force=args.force, quiet=args.quiet)
+    return 0
+
+
+def make_request(
+    kind: str,
+    data: str | None,
+    *,
+    text_tokens: int,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    recipe: Path | None = None,
+    **how: Any,
+) -> Request:
+    """Read and choose the data, before anything that takes long. ``how`` is handed on to the request.
+
+    Raises:
+        UsageError: the data, the recipe or the request cannot be used.
+        MetaEmbedError: a package is not installed.
+    """
+    try:
+        from .dataset import choose
+        from .quantise import Request
+        from .recipe import Recipe
+    except ImportError as error:
+        raise MetaEmbedError(f"{error.name} is not installed; pip install 'metaembed-export[calibration]'") from None
+    chosen = None
+    if data is not None:
+        chosen = choose(read_data(data, seed), data, samples=samples, seed=seed, text_tokens=text_tokens)
+    return Request(type=kind, data=chosen, recipe=None if recipe is None else Recipe.load(recipe), **how)
+
+
+def calibrate(source: Path, request: Request, output: Path, *, force: bool, quiet: bool) -> None:
+    """Quantise a bundle on the terminal: stages and bars on stderr, the check and the result on stdout."""
+    from .quantise import quantise_bundle
+
     done = quantise_bundle(
-        args.bundle,
+        source,
         request,
-        args.output,
-        force=args.force,
-        report=lambda line: None if args.quiet else print(f"{line} ...", file=sys.stderr),
-        progress=lambda work, what: progress(work, what, quiet=args.quiet),
+        output,
+        force=force,
+        report=lambda line: None if quiet else print(f"{line} ...", file=sys.stderr),
+        progress=lambda work, what: progress(work, what, quiet=quiet),
     )
-    if done.check is not None and not args.quiet:
+    if done.check is not None and not quiet:
         print(done.check.table())
     held = "" if done.verdict is None else f"held-out {done.verdict}, "
     checked = "check passed" if done.check else "UNVERIFIED (the source has no golden vectors)"
+    twice = f", {len(done.recipe.twice)} group(s) in two steps" if done.recipe.twice else ""
     high = f", {len(done.recipe.high)} group(s) kept high" if done.recipe.high else ""
-    print(f"{args.output}: {done.recipe.share:.1%} of the Linears' work in {args.quantize}{high}; {held}{checked}")
-    return 0
+    print(f"{output}: {done.recipe.share:.1%} of the Linears' work in {request.type}{twice}{high}; {held}{checked}")
 
 
 def read_data(data: str, seed: int) -> list[CalibrationItem]:

@@ -20,6 +20,8 @@ class Format:
     """Symmetric quantisation: ``value = code * scale``, codes within ``[-largest, largest]``, zero point 0.
 
     ``per_channel`` says whether a weight has a scale per output channel or one in all; activations always have one.
+    ``remainder`` times a scale is the scale of what rounding leaves over: at most half a step, a power of two so that it
+    is as exact as the scale itself.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Format:
     code: np.dtype[Any]
     onnx: ir.DataType
     per_channel: bool
+    remainder: float
 
     def scale(self, amax: Array | float, kind: np.dtype[Any]) -> Array:
         """The scale that maps ``amax`` to the largest code, rounded to ``kind``, in which the graph computes.
@@ -55,10 +58,13 @@ class Format:
 
 FORMATS = {
     # -128 stays unused, so that the codes are symmetric as TensorRT requires of weights.
-    "int8": Format("int8", 127.0, np.dtype(np.int8), ir.DataType.INT8, per_channel=True),
+    "int8": Format("int8", 127.0, np.dtype(np.int8), ir.DataType.INT8, per_channel=True, remainder=2**-8),
     # E4M3 without infinities: the largest finite value is 448 (arXiv 2209.05433, table 1). TensorRT takes FP8 weights
     # with one scale per tensor on every version from 10.3 on.
-    "fp8": Format("fp8", 448.0, np.dtype(ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN, per_channel=False),
+    # Its largest step is 32, so that at most 16 is left over, which 448 / 16 covers.
+    "fp8": Format(
+        "fp8", 448.0, np.dtype(ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN, per_channel=False, remainder=2**-4
+    ),
 }
 
 

@@ -31,9 +31,16 @@ class Verdict:
 
     vectors: dict[str, ParityRecord]
     rankings: dict[Budget, RankingRecord]
+    loss: float
 
     def __bool__(self) -> bool:
         return bool(self.vectors) and all(self.vectors.values()) and all(self.rankings.values())
+
+    def has_margin(self, part: float) -> bool:
+        """Whether all is within the tolerance, and of the cosine's no more than this part is used."""
+        return bool(self) and all(
+            1 - record.min_cosine <= part * (1 - record.tolerance.cosine) for record in self.vectors.values()
+        )
 
     @property
     def worst_cosine(self) -> float:
@@ -72,7 +79,8 @@ class Judge:
                 )
                 for budget in self._budgets
             }
-        return Verdict(vectors, rankings)
+        losses = [1 - _cosines(self._reference[side], found[side]).min(axis=1) for side in SIDES]  # (n,) each
+        return Verdict(vectors, rankings, float(np.nan_to_num(np.concatenate(losses), nan=2.0).mean()))
 
     def _encode(self, encoder: Encoder) -> Embeddings:
         return {
@@ -83,3 +91,8 @@ class Judge:
     @staticmethod
     def _scores(embeddings: Embeddings, budget: Budget) -> NDArray[np.float32]:
         return maxsim(embeddings["query"][:, : budget.query], embeddings["candidate"][:, : budget.candidate])
+
+
+def _cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(n, r) from unit vectors (n, r, d); NaN where one is not finite."""
+    return (a.astype(np.float64) * b).sum(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,12 @@ class Weights:
 
 
 def insert_qdq(
-    model: ir.Model, groups: Sequence[Group], amax: Mapping[str, float], weights: Weights, kind: np.dtype
+    model: ir.Model,
+    groups: Sequence[Group],
+    amax: Mapping[str, float],
+    weights: Weights,
+    kind: np.dtype,
+    twice: Collection[str] = (),
 ) -> None:
     """Quantise and dequantise the inputs and weights of ``groups``, in place.
 
@@ -71,50 +76,87 @@ def insert_qdq(
         amax: range of each group's input, by the group's name.
         kind: the type that the deployed graph computes in, to which all scales are rounded. The float32 twin of a bf16
             graph gets the same numbers, widened.
+        twice: names of groups whose input is quantised in two steps: its codes, then the codes of what their rounding
+            left over, each multiplied with the same codes of the weight. It costs a second product, and has 16 bits.
     """
     for group in groups:
         scale = weights.form.scale(amax[group.name], kind).astype(group.kind)
         for linear in group.linears:
-            linear.matmul.replace_input_with(0, _round_input(model.graph, linear, scale, weights.form))
-            _round_weight(model.graph, linear, weights, kind)
+            value = linear.input
+            rounded = _round_input(model.graph, linear, value, scale, weights.form, "input")
+            if group.name in twice:
+                _add_remainder(model.graph, linear, scale, weights, kind)
+            linear.matmul.replace_input_with(0, rounded)
+            transpose = linear.matmul.inputs[1].producer()
+            transpose.replace_input_with(0, _round_weight(model.graph, linear, weights, kind, "", transpose))
     _drop_unused(model.graph)
 
 
-def _round_input(graph: ir.Graph, linear: Linear, scale: Array, form: Format) -> ir.Value:
+def _add_remainder(graph: ir.Graph, linear: Linear, scale: Array, weights: Weights, kind: np.dtype) -> None:
+    """``y = x1 W' + x2 W'``: x2 is the rounded difference of x and the rounded x1. No pair is shared (see _round_input)."""
+    name, form, matmul = linear.name, weights.form, linear.matmul
+    again = _round_input(graph, linear, linear.input, scale, form, "input_again")
+    rest = ir.node("Sub", [linear.input, again], name=f"{name}/remainder")
+    _describe(rest, f"{name}/remainder/exact", again.dtype, linear.input.shape)
+    graph.insert_before(matmul, rest)
+    small = np.asarray(scale * form.remainder, scale.dtype)
+    rounded = _round_input(graph, linear, rest.outputs[0], small, form, "remainder")
+    weight = _round_weight(graph, linear, weights, kind, "/remainder", matmul)
+    first = matmul.inputs[1].producer()
+    transpose = ir.node(
+        "Transpose", [weight], {"perm": first.attributes["perm"].as_ints()}, name=f"{name}/remainder/turn"
+    )
+    _describe(transpose, f"{name}/remainder/turned", weight.dtype, matmul.inputs[1].shape)
+    second = ir.node("MatMul", [rounded, transpose.outputs[0]], name=f"{name}/remainder/product")
+    output = matmul.outputs[0]
+    _describe(second, f"{name}/remainder/part", output.dtype, output.shape)
+    total = ir.node("Add", [output, second.outputs[0]], name=f"{name}/both")
+    for user, place in tuple(output.uses()):
+        if user is not total:
+            user.replace_input_with(place, total.outputs[0])
+    _describe(total, f"{name}/sum", output.dtype, output.shape)
+    graph.insert_before(matmul, [transpose, second])
+    graph.insert_after(matmul, total)
+
+
+def _round_input(graph: ir.Graph, linear: Linear, value: ir.Value, scale: Array, form: Format, what: str) -> ir.Value:
     """A Q/DQ pair for each Linear, even where several read one tensor with one scale.
 
     ONNX Runtime fuses a pair into the integer product only when nothing else reads it: with one pair shared by q, k and v,
     7 of the demo's 21 decoder Linears ran on integers, with a pair each all 21 do.
     """
-    value, name = linear.input, linear.name
-    scale_value = _initialiser(graph, f"{name}/input{SCALE}", scale)
-    zero = _initialiser(graph, f"{name}/input_zero", np.zeros((), form.code))  # also tells QuantizeLinear the type
-    quantise = ir.node("QuantizeLinear", [value, scale_value, zero], name=f"{name}/input/quantise")
-    _describe(quantise, f"{name}/input/codes", form.onnx, value.shape)
-    restore = ir.node("DequantizeLinear", [quantise.outputs[0], scale_value, zero], name=f"{name}/input/dequantise")
-    _describe(restore, f"{name}/input/rounded", ir.DataType.from_numpy(scale.dtype), value.shape)
+    name = f"{linear.name}/{what}"
+    scale_value = _initialiser(graph, f"{name}{SCALE}", scale)
+    zero = _initialiser(graph, f"{name}_zero", np.zeros((), form.code))  # also tells QuantizeLinear the type
+    quantise = ir.node("QuantizeLinear", [value, scale_value, zero], name=f"{name}/quantise")
+    _describe(quantise, f"{name}/codes", form.onnx, value.shape)
+    restore = ir.node("DequantizeLinear", [quantise.outputs[0], scale_value, zero], name=f"{name}/dequantise")
+    _describe(restore, f"{name}/rounded", ir.DataType.from_numpy(scale.dtype), value.shape)
     graph.insert_before(linear.matmul, [quantise, restore])
     return restore.outputs[0]
 
 
-def _round_weight(graph: ir.Graph, linear: Linear, weights: Weights, kind: np.dtype) -> None:
+def _round_weight(
+    graph: ir.Graph, linear: Linear, weights: Weights, kind: np.dtype, suffix: str, before: ir.Node
+) -> ir.Value:
     """The codes keep the checkpoint's layout (out, in), before the Transpose, so axis 0 is the output channel."""
     name = str(linear.stored.name)
     codes, scale = weights.codes_and_scale(linear, kind)
     codes_value, scale_value = _external(graph, codes), _external(graph, scale)
     compute = ir.DataType.from_numpy(linear.kind)
-    before = []
+    nodes = []
     if scale.dtype != compute:  # the twin: one scale on disk serves both graphs
-        cast = ir.node("Cast", [scale_value], {"to": compute}, name=f"{name}{SCALE}/cast")
-        scale_value = _describe(cast, f"{name}{SCALE}/wide", compute, scale.shape)
-        before.append(cast)
+        cast = ir.node("Cast", [scale_value], {"to": compute}, name=f"{name}{SCALE}/cast{suffix}")
+        scale_value = _describe(cast, f"{name}{SCALE}/wide{suffix}", compute, scale.shape)
+        nodes.append(cast)
     zero = _initialiser(graph, f"{name}_zero", np.zeros(tuple(scale.shape.numpy()), weights.form.code))
     attributes = {"axis": 0} if weights.form.per_channel else {}
-    restore = ir.node("DequantizeLinear", [codes_value, scale_value, zero], attributes, name=f"{name}/dequantise")
-    _describe(restore, f"{name}/rounded", compute, linear.stored.shape)
-    transpose = linear.matmul.inputs[1].producer()
-    graph.insert_before(transpose, [*before, restore])
-    transpose.replace_input_with(0, restore.outputs[0])
+    restore = ir.node(
+        "DequantizeLinear", [codes_value, scale_value, zero], attributes, name=f"{name}/dequantise{suffix}"
+    )
+    _describe(restore, f"{name}/rounded{suffix}", compute, linear.stored.shape)
+    graph.insert_before(before, [*nodes, restore])
+    return restore.outputs[0]
 
 
 def _describe(node: ir.Node, name: str, kind: ir.DataType, shape: ir.Shape | None) -> ir.Value:
@@ -124,6 +166,9 @@ def _describe(node: ir.Node, name: str, kind: ir.DataType, shape: ir.Shape | Non
 
 
 def _initialiser(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    """A new one, or the one that has this name."""
+    if name in graph.initializers:
+        return graph.initializers[name]
     tensor = ir.tensor(array, name=name)
     value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.initializers.add(value)
@@ -131,6 +176,8 @@ def _initialiser(graph: ir.Graph, name: str, array: Array) -> ir.Value:
 
 
 def _external(graph: ir.Graph, tensor: ir.ExternalTensor) -> ir.Value:
+    if str(tensor.name) in graph.initializers:
+        return graph.initializers[str(tensor.name)]
     value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.initializers.add(value)
     return value

@@ -15,26 +15,24 @@ import onnx_ir as ir
 from metaembed.runtime.check import Check, check_bundle
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.errors import ParityError, UsageError
-from metaembed.runtime.golden import SIDES, golden_path, read_golden
 from metaembed.runtime.manifest import Bundle, write_manifest
 from metaembed.runtime.parity import TOLERANCES
 from metaembed.runtime.staging import check_output, staged_folder
 
 from . import sensitivity, smoothing
-from .dataset import CalibrationItem, CalibrationSet
+from .dataset import CalibrationSet
 from .formats import find_format
 from .judge import Judge, Verdict
 from .linears import check_finite, read_tensor
 from .observe import count_multiplies, observe
 from .observers import OBSERVERS
 from .recipe import GroupRecipe, Recipe
+from .awkward import awkward
 from .workshop import Workshop
 
 log = logging.getLogger(__name__)
 RECIPE, WORK = "recipe.json", "work"
 MIN_SHARE = 0.9
-# Larger golden images are left to the final check: attention over 4096 patches would dominate a search of many runs.
-JUDGED_PIXELS = 256 * 28 * 28
 TOOLS = ("metaembed-export", "onnx", "onnx-ir", "onnxruntime")
 Report = Callable[[str], object]
 Progress = Callable[[Any, str], Iterable[Any]]
@@ -134,9 +132,9 @@ def _settle(workshop: Workshop, request: Request, report: Report, progress: Prog
     assert request.data is not None
     recipe = draft_recipe(workshop, request, report, progress)
     report("judging on held-out data")
-    items = [*request.data.held_out, *golden_inputs(workshop.bundle)]
     with workshop.source_encoder() as reference:
-        judge = Judge(reference, items, TOLERANCES[request.type])
+        held_out = request.data.held_out
+        judge = Judge(reference, [*held_out, *awkward(held_out, held_out=True)], TOLERANCES[request.type])
     found = sensitivity.search(
         recipe,
         lambda attempt: judge.judge(workshop.encoder(attempt)),
@@ -150,10 +148,11 @@ def draft_recipe(workshop: Workshop, request: Request, report: Report, progress:
     data, groups, form = request.data, workshop.groups, workshop.form
     assert data is not None
     graphs = workshop.runnable_graphs()
+    items = [*data.items, *awkward(data.items, held_out=False)]
     report("observing ranges")
     common = {"seed": data.seed, "threads": request.threads}
     observers = observe(
-        workshop.bundle, graphs, groups, data.items, **common, progress=lambda items: progress(items, "observing")
+        workshop.bundle, graphs, groups, items, **common, progress=lambda items: progress(items, "observing")
     )
     smoothings: list[smoothing.Smoothing] = []
     if request.smooth:
@@ -169,7 +168,7 @@ def draft_recipe(workshop: Workshop, request: Request, report: Report, progress:
             workshop.bundle,
             graphs,
             groups,
-            data.items,
+            items,
             divisors=divisors,
             **common,
             progress=lambda items: progress(items, "observing"),
@@ -191,19 +190,6 @@ def draft_recipe(workshop: Workshop, request: Request, report: Report, progress:
     )
 
 
-def golden_inputs(bundle: Bundle) -> list[CalibrationItem]:
-    """The inputs of the bundle's golden vectors, but for the largest images; none where it was exported without."""
-    found = []
-    for side in SIDES:
-        if golden_path(side) not in bundle.manifest.files:
-            continue
-        items, _ = read_golden(bundle.path(golden_path(side)))
-        for place, item in enumerate(items):
-            if item.image is None or item.image.width * item.image.height <= JUDGED_PIXELS:
-                found.append(CalibrationItem(side, item.text, item.image, f"golden {side} {place}"))
-    return found
-
-
 def _write(workshop: Workshop, recipe: Recipe, request: Request, folder: Path) -> None:
     """Everything but the parity record."""
     source = workshop.bundle
@@ -219,6 +205,7 @@ def _write(workshop: Workshop, recipe: Recipe, request: Request, folder: Path) -
         "type": recipe.type,
         "observer": recipe.observer,
         "share_of_linear_multiplies": recipe.share,
+        "in_two_steps": recipe.twice,
         "kept_high": recipe.high,
         "calibration": dict(recipe.calibration),
         "source_fingerprint": source.manifest.fingerprint,
@@ -235,7 +222,7 @@ def _final_check(folder: Path, recipe: Recipe, nearest: Path, threads: int, prog
         recipe.save(nearest)
         raise ParityError(
             f"the {recipe.type} bundle fails its own check and was not written: {'; '.join(check.failures())}. Its recipe "
-            f"is {nearest}: set more of its costliest groups to quantised: false and give it with --recipe"
+            f"is {nearest}: set more of its costliest groups to quantised: false and give it to metaembed-calibrate with --recipe"
         )
     return check
 
@@ -247,5 +234,6 @@ def _too_little(recipe: Recipe, request: Request, nearest: Path) -> str:
     return (
         f"{recipe.type} holds its tolerance only with {len(high)} of {len(recipe.groups)} groups kept high ({some}), which "
         f"leaves {recipe.share:.1%} of the Linears' work quantised, below {request.min_share:.0%}. The nearest recipe that "
-        f"passes is {nearest}: to accept it, run again with --recipe {nearest} --min-share {floor}"
+        f"passes is {nearest}: to accept it, metaembed-calibrate BUNDLE --quantize {recipe.type} --recipe {nearest} "
+        f"--min-share {floor}"
     )

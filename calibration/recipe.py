@@ -24,7 +24,9 @@ class GroupRecipe:
     Attributes:
         amax: magnitude of the input that becomes the largest code.
         share: of the Linears' multiply-adds over the calibration set.
-        cost: 1 - the worst cosine when this group alone is quantised; None where it was not measured.
+        cost: when this group alone is quantised, the mean over inputs of 1 - the cosine of the worst vector; None where it
+            was not measured.
+        twice: quantise the input in two steps, its codes and those of the remainder: 16 bits, at twice the products.
     """
 
     name: str
@@ -32,6 +34,7 @@ class GroupRecipe:
     share: float
     quantised: bool = True
     cost: float | None = None
+    twice: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,25 @@ class Recipe:
         """Names of the groups kept in the graph's own precision."""
         return [group.name for group in self.groups if not group.quantised]
 
+    @property
+    def extra(self) -> float:
+        """Products that quantising in two steps adds, as a share of the Linears' multiply-adds."""
+        return math.fsum(group.share for group in self.groups if group.quantised and group.twice)
+
+    @property
+    def twice(self) -> list[str]:
+        """Names of the groups that are quantised in two steps."""
+        return [group.name for group in self.groups if group.quantised and group.twice]
+
     def quantising(self, names: Iterable[str]) -> Recipe:
         """The same recipe, with exactly these groups quantised."""
         wanted = set(names)
         return replace(self, groups=tuple(replace(group, quantised=group.name in wanted) for group in self.groups))
+
+    def quantising_twice(self, names: Iterable[str]) -> Recipe:
+        """The same recipe, with exactly these groups in two steps."""
+        wanted = set(names)
+        return replace(self, groups=tuple(replace(group, twice=group.name in wanted) for group in self.groups))
 
     def with_costs(self, costs: Mapping[str, float]) -> Recipe:
         groups = tuple(replace(group, cost=costs.get(group.name, group.cost)) for group in self.groups)
@@ -112,6 +130,8 @@ class Recipe:
                 raise ValueError(f"amax of {group.name} is {group.amax!r}")
             if not isinstance(group.quantised, bool):
                 raise ValueError(f"quantised of {group.name} is {group.quantised!r}, not true or false")
+            if not isinstance(group.twice, bool):
+                raise ValueError(f"twice of {group.name} is {group.twice!r}, not true or false")
         for smoothing in self.smoothings:
             if not all(type(exponent) is int and abs(exponent) <= 64 for exponent in smoothing.exponents):
                 raise ValueError(f"exponents of {smoothing.source} are not whole numbers")

@@ -1,21 +1,23 @@
-"""Which groups must stay high: quantise one at a time, rank by what each costs, keep the costliest until all is well."""
+"""Which groups need care: quantise one at a time, rank by what each costs, and treat the costliest better until all is well."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .judge import Verdict
 from .recipe import Recipe
 
+MARGIN = 0.5  # the part of the cosine's tolerance that held-out data may use
+EXTRA = 0.25  # products that quantising in two steps may add: where more is needed, keeping groups high is cheaper
 Try = Callable[[Recipe], Verdict]
 Progress = Callable[[Any], Iterable[Any]]
 
 
 @dataclass(frozen=True)
 class Found:
-    """The recipe that quantises most and holds the tolerance, and its verdict. ``trials``: how many were judged."""
+    """A recipe and its verdict. ``trials``: how many were judged until then."""
 
     recipe: Recipe
     verdict: Verdict
@@ -23,35 +25,58 @@ class Found:
 
 
 def search(recipe: Recipe, judge: Try, *, progress: Progress = iter) -> Found:
-    """Keep as few groups high as the tolerance allows.
+    """Quantise as much as the tolerance allows, with a margin if one can be had: the final check sees other inputs.
 
-    Everything is tried first; only when that fails is each group measured alone. Groups are then kept high in the order
-    of their cost per share of the work, and the number of them is found by bisection: exact where quantising less never
-    hurts, which is verified for the answer itself.
+    Everything is tried first; only when that leaves no margin is each group measured alone. Then, in the order of their cost
+    per share of the work, groups are quantised in two steps, as few as give the margin, up to EXTRA more products; where
+    even that does not hold the tolerance, groups are kept high, as few as hold it. Numbers of groups are found by
+    bisection: exact where more care never hurts, which is verified for the answer itself.
     """
     names = [group.name for group in recipe.groups]
-    verdict = judge(recipe.quantising(names))
-    if verdict:
-        return Found(recipe.quantising(names), verdict, 1)
-    costs = {name: 1 - judge(recipe.quantising([name])).worst_cosine for name in progress(names)}
-    recipe = recipe.with_costs(costs)
-    order = by_cost(recipe)
-    low, high = 0, len(order)  # keeping `low` groups high fails; keeping all of them high is the source itself
-    passing: tuple[Recipe, Verdict] | None = None
-    trials = 1 + len(names)
-    while high - low > 1:
-        middle = (low + high) // 2
-        attempt = recipe.quantising(order[middle:])
-        verdict = judge(attempt)
-        trials += 1
-        if verdict:
-            high, passing = middle, (attempt, verdict)
-        else:
-            low = middle
-    if passing is None:
-        attempt = recipe.quantising([])
-        passing = attempt, judge(attempt)
-    return Found(*passing, trials)
+    everything = recipe.quantising(names).quantising_twice(())
+    verdict = judge(everything)
+    if verdict.has_margin(MARGIN):
+        return Found(everything, verdict, 1)
+    costs = {name: judge(recipe.quantising([name]).quantising_twice(())).loss for name in progress(names)}
+    everything = everything.with_costs(costs)
+    order = by_cost(everything)
+    ladder = Ladder(judge, trials=1 + len(names))
+    steps = [everything.quantising_twice(order[:count]) for count in range(len(order) + 1)]
+    affordable = [step for step in steps if step.extra <= EXTRA]
+    found = ladder.first(affordable, lambda verdict: verdict.has_margin(MARGIN))
+    if found is None:
+        found = ladder.judged(affordable[-1])
+        if not found.verdict:
+            kept_high = [everything.quantising(order[count:]) for count in range(len(order) + 1)]
+            found = ladder.first(kept_high, bool) or ladder.judged(kept_high[-1])
+    return found
+
+
+class Ladder:
+    """Recipes of growing care, judged as few times as possible. ``trials``: how many were judged."""
+
+    def __init__(self, judge: Try, trials: int) -> None:
+        self._judge = judge
+        self.trials = trials
+
+    def judged(self, recipe: Recipe) -> Found:
+        self.trials += 1
+        return Found(recipe, self._judge(recipe), self.trials)
+
+    def first(self, steps: Sequence[Recipe], accept: Callable[[Verdict], bool]) -> Found | None:
+        """The first acceptable step after step 0, which is known not to be; None where the last is not either."""
+        low, high = 0, len(steps) - 1
+        found = self.judged(steps[high]) if high else None
+        if found is None or not accept(found.verdict):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            attempt = self.judged(steps[middle])
+            if accept(attempt.verdict):
+                high, found = middle, attempt
+            else:
+                low = middle
+        return replace(found, trials=self.trials)
 
 
 def by_cost(recipe: Recipe) -> Sequence[str]:

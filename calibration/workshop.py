@@ -71,7 +71,7 @@ class Workshop:
                 value.const_value = _placed(value.const_value)
                 if value.name in weights.changes and value.name not in quantised:
                     value.const_value = weights.smoothed(value)
-        insert_qdq(model, groups, amax, weights, self._kind)
+        insert_qdq(model, groups, amax, weights, self._kind, recipe.twice)
         return model
 
     def encoder(self, recipe: Recipe) -> Encoder:

@@ -11,11 +11,12 @@ from typing import Any
 from metaembed.runtime.budget import parse_budgets
 from metaembed.runtime.command import Parser, byte_bar, progress, run_command
 from metaembed.runtime.devices import DEVICES, find_device
+from metaembed.runtime.errors import UsageError
 from metaembed.runtime.golden import SIDES
 from metaembed.runtime.manifest import DEFAULT_OPSET, OPSETS, Limits
 from metaembed.runtime.plan import make_plan
 from metaembed.runtime.plan_report import describe, describe_fits
-from metaembed.runtime.staging import check_output
+from metaembed.runtime.staging import check_output, scratch_folder
 
 from .cli_build import main as build
 from .preflight import check_opset, check_types
@@ -26,6 +27,7 @@ DESCRIPTION = """Export a MetaEmbed checkpoint to a bundle: ONNX graphs, one set
 The bundle is judged against Hugging Face's model before it gets its name."""
 EPILOG = """examples:
   metaembed-export --model demo --budget 8,16 -o out
+  metaembed-export --model demo --budget 8,16 --precision bf16 --quantize int8 --data demo -o out8
   metaembed-export --model 7b --base ./Qwen2.5-VL-7B --adapter ./my-metaembed --budget all --precision bf16 -o out
   metaembed-export --model 7b --random-weights 0 --budget 8,16 --no-parity -o rehearsal
   metaembed-export --model 7b --budget all --dry-run
@@ -36,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="metaembed-export", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("--model", required=True, help="demo, 3b, 7b, 32b, a folder, or a hub id in the local cache")
-    add("--budget", action="append", required=True, metavar="R_Q,R_C|all",
-        help="vectors per query and candidate; repeatable; 'all' stands for 1,1 2,4 4,8 8,16 16,64")  # fmt: skip
+    add("--budget", action="append", metavar="R_Q,R_C|all",
+        help="required: vectors per query and candidate; repeatable; 'all' stands for 1,1 2,4 4,8 8,16 16,64")  # fmt: skip
     add("-o", "--output", type=Path, help="the bundle's folder (default: MODEL-bundle)")
     add("-f", "--force", action="store_true", help="replace an existing bundle")
     add("--base", metavar="FOLDER", help="weights of the base model, for a known size or an adapter")
@@ -60,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DEVICE",
         help="also build TensorRT engines: a100, orin, l4 ...; repeatable",
     )
+    add("--quantize", choices=("int8", "fp8"), help="quantise the Linears, and fail unless the ranking survives")
+    add("--data", metavar="DIR|FILE.jsonl|demo", help="calibration inputs for --quantize (docs/calibration.md)")
     add("--dry-run", action="store_true", help="check the request and print what it takes; write nothing")
     add("--freeze", action="append", choices=SIDES, help="also a language graph with this side's budgets built in")
     add("--parity", choices=("full", "quick"), help="inputs to judge on (default: full; quick from 1e9 parameters on)")
@@ -73,13 +77,14 @@ def run(args: argparse.Namespace) -> int:
 
     model = resolve_model(args.model, base=args.base, adapter=args.adapter)
     geometry = model.geometry
+    devices = [find_device(name) for name in args.target or ()]
+    for device in devices:
+        check_types(device, args.precision, args.quantize)
+        check_opset(device, args.opset)
+    _check_options(args)
     budgets = parse_budgets(args.budget, geometry.query_tokens, geometry.candidate_tokens)
     limits = Limits(args.max_image_tokens, args.max_text_tokens)
     output = args.output or Path(f"{Path(model.name).name}-bundle")
-    devices = [find_device(name) for name in args.target or ()]
-    for device in devices:
-        check_types(device, args.precision)
-        check_opset(device, args.opset)
     if args.dry_run:
         plan = make_plan(model.name, geometry, budgets, CANDIDATES, max_image_tokens=limits.image_tokens)
         found = "random weights" if args.random_weights is not None else model.base or "none were found"
@@ -89,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(output, force=args.force)
     if args.random_weights is None:
         model.require_base()
+    calibration = _read_calibration(args, limits)
 
     from .bundle import ExportRequest, export_bundle  # torch, once the request is known to make sense
 
@@ -103,12 +109,39 @@ def run(args: argparse.Namespace) -> int:
         freeze=args.freeze or (),
         opset=args.opset,
     )
-    check = export_bundle(request, output, force=args.force, progress=TerminalProgress(quiet=args.quiet))
-    if check is not None and not args.quiet:
-        print(check.table())
+    bars = TerminalProgress(quiet=args.quiet)
+    if calibration is None:
+        check = export_bundle(request, output, force=args.force, progress=bars)
+        if check is not None and not args.quiet:
+            print(check.table())
+    else:
+        from metaembed.calibration.cli import calibrate
+
+        with scratch_folder(output) as scratch:
+            check = export_bundle(request, scratch / "float", progress=bars)
+            calibrate(scratch / "float", calibration, output, force=args.force, quiet=args.quiet)
     served = " ".join(map(str, budgets))
     print(f"{output}: budgets {served}; {'parity passed' if check else 'unverified (parity was skipped)'}")
     return build([str(output), *(f"--target={device.name}" for device in devices)]) if devices else 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """What argparse cannot say. A type that a target lacks is told first: nothing else about the request matters then."""
+    if not args.budget:
+        raise UsageError("the following arguments are required: --budget R_Q,R_C, or --budget all")
+    if args.quantize and not args.data:
+        raise UsageError(f"--quantize {args.quantize} needs --data: a folder of images, a JSONL file, or demo")
+    if args.data and not args.quantize:
+        raise UsageError("--data is what --quantize int8 or --quantize fp8 calibrates on; give one of them too")
+
+
+def _read_calibration(args: argparse.Namespace, limits: Limits) -> Any:
+    """The calibration request, its data read and chosen before the export's minutes; None without ``--quantize``."""
+    if not args.quantize:
+        return None
+    from metaembed.calibration.cli import make_request
+
+    return make_request(args.quantize, args.data, text_tokens=limits.text_tokens)
 
 
 class TerminalProgress:

@@ -60,6 +60,22 @@ def _remove_empty(folders: Iterable[Path]) -> None:
             return
 
 
+@contextmanager
+def scratch_folder(output: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``output``, on the same disk, for what is not to stay; removed in any case."""
+    output = Path(os.path.abspath(output))
+    made = [folder for folder in output.parents if not folder.exists()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(output)
+    scratch = output.parent / f".{output.name}.scratch-{os.getpid()}"
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        _remove_empty(made)
+
+
 def _replace(staging: Path, output: Path, *, force: bool) -> None:
     check_output(output, force=force)  # once more: the work may have taken minutes
     old = output.parent / f".{output.name}.replaced-{os.getpid()}"
@@ -84,7 +100,7 @@ def _is_bundle(folder: Path) -> bool:
 
 def _remove_abandoned(output: Path) -> None:
     """What killed runs left: remove the unfinished, but put a bundle back that was moved aside and not yet replaced."""
-    pattern = re.compile(re.escape(f".{output.name}.") + r"(partial|replaced)-(\d{1,9})")
+    pattern = re.compile(re.escape(f".{output.name}.") + r"(partial|scratch|replaced)-(\d{1,9})")
     for sibling in list(output.parent.iterdir()):
         match = pattern.fullmatch(sibling.name)
         if match is None or _is_running(int(match[2])):

@@ -72,7 +72,9 @@ def check_structure(bundle: Bundle) -> list[GraphRecord]:
     """
     inputs, outputs = SIGNATURES[LANGUAGE]
     frozen = dict.fromkeys(find_frozen(bundle.manifest), (inputs - {"rows"}, outputs))
-    fixed = {name: signature for name, signature in SIGNATURES.items() if name != SCORER or name in bundle.manifest.files}
+    fixed = {
+        name: signature for name, signature in SIGNATURES.items() if name != SCORER or name in bundle.manifest.files
+    }
     expected = fixed | frozen
     twins = {name: cpu_graph(name) for name in expected if cpu_graph(name) in bundle.manifest.files}
     records = [_check_graph(bundle, name, expected[name]) for name in expected]

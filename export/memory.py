@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Manifest
@@ -116,16 +115,3 @@ def _activation_bytes(manifest: Manifest, engine: EngineSpec) -> float:
 def _score_bytes(manifest: Manifest, heads: int, shape: tuple[int, ...]) -> float:
     """Attention scores before and after the softmax. Only in fp32: bf16 and fp16 attention is fused and keeps none."""
     return 2 * 4.0 * heads * shape[0] * prod(shape[1:]) ** 2 if manifest.precision == "fp32" else 0.0
-
-
-def available_memory() -> int | None:
-    """Bytes of memory and swap that this machine can still give out, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    fields: dict[str, Any] = {line.split(":")[0]: line.split()[1] for line in lines}
-    try:
-        return (int(fields["MemAvailable"]) + int(fields["SwapFree"])) * 1024
-    except (KeyError, ValueError):
-        return None

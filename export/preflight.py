@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from metaembed.runtime.devices import DEVICES, FIRST_CAPABILITY, FIRST_TENSORRT, Device
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.manifest import DEFAULT_OPSET, Bundle, Manifest
+from metaembed.runtime.memory import available_memory
 
-from .memory import GIB, Estimate, available_memory, estimate_build
+from .memory import GIB, Estimate, estimate_build
 from .onnx_header import read_opset
 from .profiles import EngineSpec
 
@@ -180,7 +181,7 @@ def _memory_problems(
         )
         return
     on_device = flavour == "tensorrt"
-    limit = available_memory() if builds_here else usable if on_device and device.integrated else None
+    limit = available_memory(swap=True) if builds_here else usable if on_device and device.integrated else None
     if limit is not None and estimate.build_peak > limit:
         where = "this machine" if builds_here else device.title
         yield (

@@ -14,28 +14,19 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
+from metaembed.runtime.memory import available_memory
 from metaembed.runtime.tensors import TOKEN_TABLE
 
 from .checkpoint import Checkpoint
 
-MEMINFO = Path("/proc/meminfo")
 SHARE = 0.5  # of the free memory may hold float32 weights; activations and the system want the rest
 
 
 def needs_streaming(checkpoint: Checkpoint) -> bool:
     """Whether the weights in float32 would take more than half of the memory that is free now."""
     values = sum(int(np.prod(ref.shape)) for ref in checkpoint.tensors.values())
-    free = available_bytes()
+    free = available_memory()
     return free is not None and 4 * values > SHARE * free
-
-
-def available_bytes() -> int | None:
-    """Memory that programs can have without swapping, or None where the system does not say."""
-    try:
-        lines = MEMINFO.read_text().splitlines()
-    except OSError:  # not Linux
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def open_loaded(folder: Path, checkpoint: Checkpoint) -> Qwen2_5_VLModel:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .errors import BundleError, MetaEmbedError
 from .manifest import Bundle, cpu_graph
+from .memory import available_memory
 from .providers import CPU, TENSORRT, Attempt, plan_attempts, provider_options
 from .session import Session
 from .session_trt import open_trt_sessions
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Above this, the float32 copies that ONNX Runtime would fold from narrow weights are worth avoiding.
-LEAN_BYTES = 1 << 30
+# ONNX Runtime widens narrow weights to float32 once and packs what products read: two copies. Where those do not fit, weights
+# stay mapped and are widened at each use.
+COPIES = 2
 
 
 def open_sessions(bundle: Bundle, graphs: Sequence[str], *, threads: int = 0) -> list[Session]:
@@ -78,9 +80,8 @@ def _open(bundle: Bundle, graphs: Sequence[str], attempt: Attempt, threads: int)
     weights = sum(path.stat().st_size for path in (bundle.folder / "weights").glob("*"))
     on_cpu = attempt.providers == (CPU,)
     quantised = manifest.quantization is not None
-    lean = (
-        on_cpu and weights > LEAN_BYTES and not quantised
-    )  # codes are not widened; their transposes are worth folding
+    # Codes are not widened, and folding their transposes is worth its memory.
+    lean = on_cpu and not quantised and not _fits(weights if manifest.precision == "fp32" else 2 * weights)
     cache = user_cache("onnxruntime", manifest.fingerprint[:16]) if TENSORRT in attempt.providers else None
     return [
         OrtSession(
@@ -93,6 +94,12 @@ def _open(bundle: Bundle, graphs: Sequence[str], attempt: Attempt, threads: int)
         )
         for graph in graphs
     ]
+
+
+def _fits(float32_bytes: int) -> bool:
+    """Whether weights of so many bytes in float32 may be copied: widened, and then packed as the products want them."""
+    available = available_memory()
+    return available is None or COPIES * float32_bytes <= available
 
 
 def _runnable(graph: str, files: Container[str], attempt: Attempt) -> str:

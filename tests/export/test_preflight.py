@@ -200,9 +200,9 @@ def test_seven_billion_fit_an_agx_orin_64gb_and_an_a100(bundle):
 
 
 def test_this_machines_memory_is_what_counts_when_it_builds(bundle, monkeypatch):
-    monkeypatch.setattr("metaembed.export.preflight.available_memory", lambda: 9 * GIB)
+    monkeypatch.setattr("metaembed.export.preflight.available_memory", lambda swap: 9 * GIB)
     assert "this machine has 9.0 GiB free" in refusal(bundle, "a100", changes=known(bundle, "3b"))
-    monkeypatch.setattr("metaembed.export.preflight.available_memory", lambda: 15 * GIB)
+    monkeypatch.setattr("metaembed.export.preflight.available_memory", lambda swap: 15 * GIB)
     preflight(bundle, "a100", changes=known(bundle, "3b"))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -40,7 +38,7 @@ def loaded(source: Source) -> Reference:
 
 @pytest.fixture
 def streaming(source: Source, monkeypatch: pytest.MonkeyPatch) -> Reference:
-    monkeypatch.setattr(streamed, "available_bytes", lambda: 1000)  # a machine with a kilobyte left
+    monkeypatch.setattr(streamed, "available_memory", lambda: 1000)  # a machine with a kilobyte left
     reference = Reference(source)
     assert reference.streamed
     return reference
@@ -74,16 +72,8 @@ def test_memory_decides(source: Source, monkeypatch: pytest.MonkeyPatch):
     """Counted by hand: 4 bytes for each value against half of what is free."""
     need = 4 * sum(int(np.prod(ref.shape)) for ref in source.checkpoint.tensors.values())
     for free, streams in ((2 * need, False), (2 * need - 2, True), (None, False)):
-        monkeypatch.setattr(streamed, "available_bytes", lambda free=free: free)
+        monkeypatch.setattr(streamed, "available_memory", lambda free=free: free)
         assert streamed.needs_streaming(source.checkpoint) is streams
-
-
-def test_available_memory_is_read_from_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "meminfo").write_text("MemTotal:  24000 kB\nMemFree:  12 kB\nMemAvailable:   7000 kB\n")
-    monkeypatch.setattr(streamed, "MEMINFO", tmp_path / "meminfo")
-    assert streamed.available_bytes() == 7000 * 1024
-    monkeypatch.setattr(streamed, "MEMINFO", tmp_path / "absent")
-    assert streamed.available_bytes() is None
 
 
 @pytest.mark.parametrize("side", ["query", "candidate"])

@@ -73,9 +73,9 @@ def test_a_graph_without_its_weights_is_one_sentence(demo_bundle: Path, tmp_path
         OrtSession(tmp_path / "vision.onnx")
 
 
-@pytest.mark.parametrize(("limit", "lean"), [(1, True), (1 << 40, False)])
+@pytest.mark.parametrize(("free", "lean"), [(1 << 20, True), (1 << 40, False), (None, False)])
 def test_large_weights_stay_on_disk_even_before_the_manifest_names_them(
-    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch, limit: int, lean: bool
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch, free: int | None, lean: bool
 ):
     """While an export judges its own bundle, bundle.json does not hold the weights yet; 3B then took 23 GB."""
     asked = []
@@ -86,7 +86,7 @@ def test_large_weights_stay_on_disk_even_before_the_manifest_names_them(
             super().__init__(path, **options)
 
     monkeypatch.setattr(session_ort, "OrtSession", Recorded)
-    monkeypatch.setattr(open_sessions, "LEAN_BYTES", limit)
+    monkeypatch.setattr(open_sessions, "available_memory", lambda: free)
     manifest = Bundle.open(demo_bundle, verify=False).manifest
     files = {name: record for name, record in manifest.files.items() if not name.startswith("weights/")}
     unfinished = Bundle(demo_bundle, replace(manifest, files=files))

@@ -44,14 +44,19 @@ def work(args: argparse.Namespace) -> None:
     with _models(args) as (bundle, checkpoint, model):
         contestants = [one for one in line_up(args, bundle, checkpoint) if one.name not in args.skip]
         note = (lambda text: None) if args.quiet else (lambda text: print(f"{text} ...", file=sys.stderr))
-        measured = race(contestants, cases, rounds=args.rounds, warmup=args.warmup, note=note)
-        records = [make_record("encoder", {"model": model, **values}, bundle) for values in measured]
-    print_race(measured)
+        for measured in race(contestants, cases, rounds=args.rounds, warmup=args.warmup, note=note):
+            print_race(measured)
+            check_same(measured)
+            if args.output:
+                records = [make_record("encoder", {"model": model, **values}, bundle) for values in measured]
+                append_records(args.output, records)
+    print("TensorRT against PyTorch bf16: skipped; it needs an NVIDIA GPU")
+
+
+def check_same(measured: list[dict]) -> None:
+    """Raise BundleError when a contestant that should agree with the bundle does not: they would not do the same work."""
     if any(values.get("max_abs_difference", 0) > SAME for values in measured if values["contestant"] != "bundle int8"):
         raise BundleError("the contestants' vectors differ: --checkpoint is not what the bundle was exported from")
-    if args.output:
-        append_records(args.output, records)
-    print("TensorRT against PyTorch bf16: skipped; it needs an NVIDIA GPU")
 
 
 def line_up(args: argparse.Namespace, bundle: Path, checkpoint: Path) -> list:

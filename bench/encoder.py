@@ -68,12 +68,11 @@ class Contestant:
 
 def race(
     contestants: Sequence[Contestant], cases: Sequence[Case], *, rounds: int, warmup: int, note: Callable[[str], None]
-) -> list[Record]:
-    """One record a contestant and case. A contestant that cannot be built or cannot run a case is recorded with the reason.
+) -> Iterator[list[Record]]:
+    """Case by case, one record a contestant; one that cannot be built or cannot run a case is recorded with the reason.
 
     ``max_abs_difference`` is against the first contestant's vectors on the same input.
     """
-    records: list[Record] = []
     with ExitStack() as stack:
         running = {}
         for contestant in contestants:
@@ -82,8 +81,7 @@ def race(
             running[contestant.name] = process
         for case in cases:
             note(case.name)
-            records += _race_case(running, case, rounds, warmup)
-    return records
+            yield _race_case(running, case, rounds, warmup)
 
 
 def _race_case(running: Mapping[str, Connection], case: Case, rounds: int, warmup: int) -> list[Record]:

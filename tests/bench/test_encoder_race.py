@@ -36,7 +36,7 @@ def test_a_contestant_that_cannot_start_is_recorded_with_the_reason(demo_bundle,
         Contestant("bundle", build_bundle, {"folder": demo_bundle, "threads": 1}),
         Contestant("nothing", build_bundle, {"folder": tmp_path, "threads": 1}),
     ]
-    failed, ran = race(contestants, CASES[:1], rounds=2, warmup=0, note=lambda text: None)
+    [(failed, ran)] = race(contestants, CASES[:1], rounds=2, warmup=0, note=lambda text: None)
     assert (failed["contestant"], ran["contestant"]) == ("nothing", "bundle")
     assert "holds no bundle" in failed["error"]
     assert (ran["count"], ran["max_abs_difference"]) == (2, 0.0)

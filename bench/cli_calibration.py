@@ -108,9 +108,9 @@ def _competitors(source: Bundle, args: argparse.Namespace, scratch: Path) -> dic
     """Folders of graphs that other tools quantised, from the items that ours calibrates on, or why there are none."""
     if not args.onnxruntime and args.modelopt_python is None:
         return {}
+    from metaembed.calibration.awkward import awkward
     from metaembed.calibration.cli import demo_items
     from metaembed.calibration.dataset import choose
-    from metaembed.calibration.awkward import awkward
 
     from .quantisers import (
         MODELOPT,

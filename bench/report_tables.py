@@ -150,6 +150,38 @@ def make_encoder_race(records: Sequence[Record]) -> Table | None:
     return Table(("model, input", *contestants, "ratio"), tuple(rows), note)
 
 
+def make_calibration(records: Sequence[Record]) -> Table | None:
+    """A row a contender: the worst of all budgets, and what it took."""
+    found = of_kind(records, "calibration", "contender", "budget")
+    if not found:
+        return None
+    rows = []
+    for (name,), runs in group(found, "contender").items():
+        if any("error" in run for run in runs):
+            rows.append((name, "cannot", "", "", "", ""))
+            continue
+        worst = min(runs, key=lambda run: run["worst_cosine"])
+        change = min(run["ndcg_at_5"] - run["ndcg_at_5_fp32"] for run in runs)
+        heavy = runs[-1].get("weight_bytes")
+        rows.append(
+            (
+                name,
+                f"{runs[-1]['share_of_linear_multiplies']:.1%}",
+                f"{worst['worst_cosine']:.4f}",
+                f"{min(run['top10_overlap'] for run in runs):.3f}",
+                f"{change:+.4f}",
+                f"{heavy / runs[-1]['weight_bytes_source']:.3f}" if heavy else "",
+            )
+        )
+    last = found[-1]
+    note = (
+        f"Worst over {len(group(found, 'budget'))} budgets on {last['queries']} queries and {last['candidates']} candidates, "
+        f"test seed {last['test_seed']}; weights against {last['artefact']}."
+    )
+    head = ("quantiser", "Linear work quantised", "worst vector's cosine", "top-10 overlap", "nDCG@5 change", "weights")
+    return Table(head, tuple(rows), note)
+
+
 TABLES = {
     kind.name: kind
     for kind in (
@@ -159,6 +191,7 @@ TABLES = {
         TableKind("efficiency", "Scoring: cost, time here, and limits elsewhere", make_efficiency),
         TableKind("encoder_costs", "Encoding: cost and limits", make_encoder_costs),
         TableKind("encoder_race", "Encoding: measured here", make_encoder_race),
+        TableKind("calibration", "Quantisation: what it costs in quality", make_calibration),
     )
 }
 

@@ -20,6 +20,7 @@ from metaembed.runtime.parity import TOLERANCES
 from metaembed.runtime.staging import check_output, staged_folder
 
 from . import sensitivity, smoothing
+from .awkward import awkward
 from .dataset import CalibrationSet
 from .formats import find_format
 from .judge import Judge, Verdict
@@ -27,7 +28,6 @@ from .linears import check_finite, read_tensor
 from .observe import count_multiplies, observe
 from .observers import OBSERVERS
 from .recipe import GroupRecipe, Recipe
-from .awkward import awkward
 from .workshop import Workshop
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import pytest
 from metaembed.runtime import staging
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.manifest import FORMAT, MANIFEST
-from metaembed.runtime.staging import check_output, staged_folder
+from metaembed.runtime.staging import check_output, scratch_folder, staged_folder
 
 NOBODY = 999_999_999  # above the largest process id of Linux
 
@@ -207,3 +207,18 @@ def test_a_kill_at_any_moment_leaves_a_whole_bundle_or_none(tmp_path: Path, writ
     with staged_folder(output, force=True) as folder:
         write_bundle(folder)
     assert names(tmp_path) == ["out"], "the next run cleans up"
+
+
+def test_scratch_is_beside_the_output_and_gone_whatever_happens(tmp_path: Path):
+    with pytest.raises(KeyError), scratch_folder(tmp_path / "out") as scratch:
+        assert scratch.parent == tmp_path
+        (scratch / "file").write_text("x")
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_scratch_that_a_killed_run_left_is_removed(tmp_path: Path):
+    dead = tmp_path / ".out.scratch-999999999"
+    dead.mkdir()
+    with scratch_folder(tmp_path / "out"):
+        assert not dead.exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from metaembed.calibration.linears import find_groups, load_graphs
+from metaembed.calibration.linears import HEAD, find_groups, load_graphs
 from metaembed.calibration.recipe import Recipe
 from metaembed.calibration.sessions import ExactSession
 from metaembed.runtime.encoder import Encoder
+from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.manifest import Bundle
 from metaembed.runtime.maxsim import maxsim
 from metaembed.runtime.parity import TOLERANCES, compare, compare_rankings
+from metaembed.runtime.tensors import META_TABLE, TOKEN_TABLE, expected_tensors
 
 from .metrics import ndcg
 from .scenes_queries import Split
@@ -94,6 +97,26 @@ def _is_rounded(value: ir.Value | None) -> bool:
     while producer is not None and producer.op_type in ("Transpose", "Cast"):
         producer = producer.inputs[0].producer()
     return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def plan_int8_weights(geometry: Geometry) -> dict[str, Any]:
+    """Weight bytes of an INT8 bundle made from a bf16 one, everything quantised that may be, against that bundle's."""
+    sizes = {name: (prod(shape), shape) for name, shape in expected_tensors(geometry).items()}
+    tables = {META_TABLE, TOKEN_TABLE}
+    linears = {
+        name: size for name, size in sizes.items() if len(size[1]) == 2 and name not in tables and HEAD not in name
+    }
+    codes = sum(count for count, _ in linears.values())
+    scales = sum(shape[0] for _, shape in linears.values())
+    everything = sum(count for count, _ in sizes.values())
+    before, after = 2 * everything, codes + 2 * scales + 2 * (everything - codes)
+    return {
+        "bf16_bytes": before,
+        "int8_bytes": after,
+        "ratio": round(after / before, 4),
+        "share_of_weights_kept_high": round(1 - codes / everything, 4),
+        "token_table_share": round(sizes[TOKEN_TABLE][0] / everything, 4),
+    }
 
 
 def weight_bytes(folder: Path) -> int:

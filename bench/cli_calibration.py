@@ -18,9 +18,19 @@ from metaembed.runtime.manifest import Bundle
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
-        "bundles", type=Path, nargs="+", help="the float bundle first, then bundles that metaembed-calibrate made of it"
+        "bundles", type=Path, nargs="*", help="the float bundle first, then bundles that metaembed-calibrate made of it"
     )
     add("--speed", action="store_true", help="time one image candidate instead of measuring quality")
+    add(
+        "--rehearse",
+        action="store_true",
+        help="with --speed, and without bundles: random weights of a geometry of 402 M parameters",
+    )
+    add(
+        "--weights",
+        action="store_true",
+        help="weight bytes of INT8 against bf16 for every known size: arithmetic, no bundles",
+    )
     add("--graphs", type=Path, action="append", default=[], metavar="DIR", help="vision.onnx and language.onnx that another "
         "tool quantised, judged beside; repeatable")  # fmt: skip
     add("--onnxruntime", action="store_true", help="also quantise with onnxruntime's static quantisation")
@@ -37,14 +47,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def work(args: argparse.Namespace) -> int:
     from .records import append_records, make_record
 
-    if len(args.bundles) < 2:
+    if args.weights:
+        kind, measured, artefact = "int8_weights", measure_weights, None
+    elif args.speed:
+        kind, measured, artefact = "int8_speed", measure_speed, None
+    else:
+        kind, measured, artefact = "calibration", measure_contenders, args.bundles[0] if args.bundles else None
+    if len(args.bundles) < 2 and not (args.weights or (args.speed and args.rehearse)):
         raise UsageError("name the float bundle and at least one bundle that metaembed-calibrate made of it")
-    kind, measured = ("int8_speed", measure_speed) if args.speed else ("calibration", measure_contenders)
     for values in measured(args):
         print(json.dumps(values), flush=True)
         if args.output:
-            append_records(args.output, [make_record(kind, values, args.bundles[0])])
+            append_records(args.output, [make_record(kind, values, artefact)])
     return 0
+
+
+def measure_weights(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from metaembed.export.models import resolve_model
+    from metaembed.runtime.known_models import KNOWN
+
+    from .calibration import plan_int8_weights
+
+    for name in ("demo", *KNOWN):
+        yield {"model": name, **plan_int8_weights(resolve_model(name).geometry)}
 
 
 def measure_speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -53,12 +78,28 @@ def measure_speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     from .calibration import time_interleaved
 
-    side = int(np.sqrt(Bundle.open(args.bundles[0], verify=False).manifest.limits.image_tokens)) * 28
-    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
-    page = Image.fromarray(noise)
-    yield from time_interleaved(
-        args.bundles, lambda encoder: encoder.encode_candidates(images=[page]), rounds=args.rounds, threads=args.threads
-    )
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as scratch:
+        folders = _rehearse(Path(scratch), args) if args.rehearse else args.bundles
+        side = int(np.sqrt(Bundle.open(folders[0], verify=False).manifest.limits.image_tokens)) * 28
+        noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+        page = Image.fromarray(noise)
+        yield from time_interleaved(
+            folders, lambda encoder: encoder.encode_candidates(images=[page]), rounds=args.rounds, threads=args.threads
+        )
+
+
+def _rehearse(scratch: Path, args: argparse.Namespace) -> list[Path]:
+    """A bundle of random weights, and its INT8 bundle, ranges from a few demo pages: for its speed, not its quality."""
+    from metaembed.calibration.cli import calibrate, make_request
+
+    from .rehearsal import write_rehearsal
+
+    if args.bundles:
+        raise UsageError("name bundles, or ask for --rehearse")
+    bundle, _ = write_rehearsal(scratch)
+    request = make_request("int8", "demo", text_tokens=512, samples=16, smooth=False, threads=args.threads)
+    calibrate(bundle, request, scratch / "int8", force=False, quiet=args.quiet)
+    return [bundle, scratch / "int8"]
 
 
 def measure_contenders(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

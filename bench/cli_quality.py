@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from metaembed.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from metaembed.runtime.budget import Budget
+    from metaembed.runtime.cascade import Stage
+    from metaembed.runtime.encoder import Encoder
+
+    from .dataset import Dataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=int, nargs=3, default=(500, 200, 200), metavar=("TEXT", "IMAGE", "BOTH"),
                         help="queries of the demo's test set (default: 500 200 200)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the demo's test set (default: %(default)s)")
+    parser.add_argument(
+        "--against", type=Path, metavar="BUNDLE", help="print its nDCG@5 beside, for example that of the float bundle"
+    )
     parser.add_argument("--threads", type=int, default=0, help="default: one a core")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="add the records to this JSON lines file")
 
@@ -37,35 +49,58 @@ def work(args: argparse.Namespace) -> None:
 
     from .dataset import demo_dataset, load_dataset
     from .quality import embed_dataset, measure_quality
-    from .records import append_records, make_record
+    from .records import append_records, identify, make_record
 
     if args.count < 1 or min(args.queries) < 0 or not sum(args.queries):
         raise UsageError("--count and the sum of --queries have to be at least 1")
     source = nullcontext(load_dataset(args.data, args.split)) if args.data else None
-    with Encoder.open(args.bundle, threads=args.threads) as encoder:
+    with ExitStack() as stack:
+        encoder = stack.enter_context(Encoder.open(args.bundle, threads=args.threads))
         cascades = parse_cascades(args, encoder)
-        with source or demo_dataset(args.count, tuple(args.queries), args.seed) as dataset:
-            queries, candidates = embed_dataset(encoder, dataset)
-    measured = measure_quality(dataset, queries, candidates, cascades)
+        against = stack.enter_context(Encoder.open(args.against, threads=args.threads)) if args.against else None
+        if against is not None:
+            parse_cascades(args, against, encoder.budgets)  # both have to serve them
+        dataset = stack.enter_context(source or demo_dataset(args.count, tuple(args.queries), args.seed))
+        measured = measure_quality(dataset, *embed_dataset(encoder, dataset), cascades)
+        if against is not None:
+            beside = measure_quality(dataset, *embed_dataset(against, dataset), cascades)
+            for values, other in zip(measured, beside, strict=True):
+                values["ndcg_at_5_against"] = other["ndcg_at_5"]
+                values["against"] = identify(args.against)["artefact"]
     if args.output:
         append_records(args.output, [make_record("quality", values, args.bundle) for values in measured])
+    print_quality(measured, dataset)
+
+
+def print_quality(measured: list[dict], dataset: Dataset) -> None:
     print(f"{dataset.name}: {len(dataset.queries)} queries, {len(dataset.candidates)} candidates", end="")
     print(f"; {dataset.unjudged} queries without a relevant candidate left out" if dataset.unjudged else "")
-    print(f"{'budget or cascade':<24}  nDCG@5  95 % interval   R@1     R@10    MRR")
+    other = measured[0].get("against")
+    print(f"{'budget or cascade':<24}  nDCG@5  95 % interval   R@1     R@10    MRR{f'     {other}' if other else ''}")
     for values in measured:
+        beside = ""
+        if other:
+            beside = f"  {values['ndcg_at_5_against']:.4f} ({values['ndcg_at_5'] - values['ndcg_at_5_against']:+.4f})"
         print(
             f"{values['cascade'] or values['budget']:<24}  {values['ndcg_at_5']:.4f}  {values['ndcg_low']:.4f}-"
-            f"{values['ndcg_high']:.4f}  {values['recall_at_1']:.4f}  {values['recall_at_10']:.4f}  {values['mrr']:.4f}"
+            f"{values['ndcg_high']:.4f}  {values['recall_at_1']:.4f}  {values['recall_at_10']:.4f}  {values['mrr']:.4f}{beside}"
         )
 
 
-def parse_cascades(args: argparse.Namespace, encoder) -> list[list]:
-    """Each budget as a cascade of one stage, then the cascades asked for, all within what the bundle serves."""
+def parse_cascades(args: argparse.Namespace, encoder: Encoder, budgets: Sequence[Budget] = ()) -> list[list[Stage]]:
+    """Each budget as a cascade of one stage, then the cascades asked for, all within what the bundle serves.
+
+    ``budgets`` stand for those that are not named; by default all of the bundle.
+    """
     from metaembed.runtime.budget import parse_budgets
     from metaembed.runtime.cascade import Stage
 
     largest = encoder.bundle.manifest.largest
-    budgets = parse_budgets(args.budget, largest.query, largest.candidate) if args.budget else encoder.budgets
+    budgets = (
+        parse_budgets(args.budget, largest.query, largest.candidate) if args.budget else budgets or encoder.budgets
+    )
+    for budget in budgets:
+        budget.check_within(largest.query, largest.candidate)
     cascades = [[Stage.parse(text) for text in words] for words in args.cascade]
     for stages in cascades:
         if any(stage.keep is None for stage in stages[:-1]) or stages[-1].keep is not None:

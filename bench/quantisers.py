@@ -37,10 +37,9 @@ class Method:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-ONNXRUNTIME = tuple(
-    Method(f"onnxruntime {name} {place}", place == "linears", {"calibrate_method": name})
-    for name in ("MinMax", "Entropy", "Percentile")
-    for place in ("linears", "all MatMuls")
+ONNXRUNTIME = (
+    Method("onnxruntime MinMax linears", True, {"calibrate_method": "MinMax"}),
+    Method("onnxruntime MinMax all MatMuls", False, {"calibrate_method": "MinMax"}),
 )
 MODELOPT = (
     Method("ModelOpt int8 defaults", False, {"quantize_mode": "int8"}),

@@ -32,7 +32,7 @@ ORIGIN = (
 
 def make_record(kind: str, values: Record, artefact: Path | None = None) -> Record:
     """One measurement with its origin. ``artefact`` is a bundle, another file, or None for arithmetic and the machine itself."""
-    return {"kind": kind, **values, **_identify(artefact), **_origin()}
+    return {"kind": kind, **values, **identify(artefact), **_origin()}
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
@@ -85,12 +85,16 @@ def tool_versions() -> dict[str, str]:
     return found
 
 
-def _identify(artefact: Path | None) -> Record:
+def identify(artefact: Path | None) -> Record:
+    """What was measured: a name for people, and the fingerprint or hash that says which one exactly."""
     if artefact is None:
         return {"artefact": None, "sha256": None}
     if (artefact / MANIFEST).is_file():
         manifest = Bundle.open(artefact, verify=False).manifest
-        return {"artefact": f"{manifest.model} bundle, {manifest.precision}", "sha256": manifest.fingerprint}
+        kind = manifest.precision
+        if manifest.quantization is not None:
+            kind = f"{manifest.quantization['type']} from {kind}"
+        return {"artefact": f"{manifest.model} bundle, {kind}", "sha256": manifest.fingerprint}
     return {"artefact": artefact.name, "sha256": FileRecord.of(artefact).sha256}
 
 

@@ -159,6 +159,41 @@ def _partly(record: Record) -> bool:
     return bool(record["engines_built"] < record["engines"])
 
 
+def make_calibration(records: Sequence[Record]) -> Table | None:
+    """A row a contender: the worst of all budgets, and what it took."""
+    found = of_kind(records, "calibration", "contender", "budget")
+    if not found:
+        return None
+    rows = []
+    for (name,), runs in group(found, "contender").items():
+        if any("error" in run for run in runs):
+            rows.append((name, "cannot", "", "", "", ""))
+            continue
+        worst = min(runs, key=lambda run: run["worst_cosine"])
+        change = min(run["ndcg_at_5"] - run["ndcg_at_5_fp32"] for run in runs)
+        heavy = runs[-1].get("weight_bytes")
+        rows.append(
+            (
+                name,
+                f"{runs[-1]['share_of_linear_multiplies']:.1%}",
+                f"{worst['worst_cosine']:.4f}",
+                f"{min(run['top10_overlap'] for run in runs):.3f}",
+                f"{change:+.4f}",
+                f"{heavy / runs[-1]['weight_bytes_source']:.3f}" if heavy else "",
+            )
+        )
+    measured = [run for run in found if "error" not in run]
+    if not measured:
+        return None
+    last = measured[-1]
+    note = (
+        f"Worst over {len(group(measured, 'budget'))} budgets on {last['queries']} queries and {last['candidates']} candidates, "
+        f"test seed {last['test_seed']}; weights against {last['artefact']}."
+    )
+    head = ("quantiser", "Linear work quantised", "worst vector's cosine", "top-10 overlap", "nDCG@5 change", "weights")
+    return Table(head, tuple(rows), note)
+
+
 TABLES = {
     kind.name: kind
     for kind in (
@@ -173,6 +208,7 @@ TABLES = {
         TableKind("encoder_costs", "Encoding: cost and limits", make_encoder_costs),
         TableKind("engine_layouts", "TensorRT engines: what each layout takes", make_engine_layouts),
         TableKind("encoder_race", "Encoding: measured here", make_encoder_race),
+        TableKind("calibration", "Quantisation: what it costs in quality", make_calibration),
     )
 }
 

@@ -109,12 +109,12 @@ def _add_remainder(graph: ir.Graph, linear: Linear, scale: Array, weights: Weigh
     _describe(transpose, f"{name}/remainder/turned", weight.dtype, matmul.inputs[1].shape)
     second = ir.node("MatMul", [rounded, transpose.outputs[0]], name=f"{name}/remainder/product")
     output = matmul.outputs[0]
-    _describe(second, f"{name}/remainder/part", output.dtype, output.shape)
+    _describe(second, f"{name}/remainder/part", weight.dtype, output.shape)
     total = ir.node("Add", [output, second.outputs[0]], name=f"{name}/both")
     for user, place in tuple(output.uses()):
         if user is not total:
             user.replace_input_with(place, total.outputs[0])
-    _describe(total, f"{name}/sum", output.dtype, output.shape)
+    _describe(total, f"{name}/sum", weight.dtype, output.shape)
     graph.insert_before(matmul, [transpose, second])
     graph.insert_after(matmul, total)
 

@@ -108,6 +108,44 @@ def test_fp8_equals_values_rounded_to_e4m3_by_hand(tmp_path):
     np.testing.assert_allclose(run(quantised(tmp_path, "fp8"), tmp_path), expected, rtol=1e-5, atol=1e-4)
 
 
+def test_two_steps_equal_the_sum_of_two_integer_products_by_hand(tmp_path):
+    """The remainder's scale is the input's / 256; what is clipped in the first step is clipped in the second."""
+    model = write_graph(tmp_path, "g.onnx")
+    weights = Weights(tmp_path, FORMATS["int8"], {})
+    insert_qdq(model, find_groups({"g.onnx": model}), AMAX, weights, SINGLE, twice=("layer.{q_proj,k_proj}",))
+
+    def rounded(x: np.ndarray, s: float) -> np.ndarray:
+        return np.clip(np.rint(x / s), -128, 127) * s
+
+    def linear(x: np.ndarray, weight: np.ndarray, amax: float, *, twice: bool) -> np.ndarray:
+        s = np.float32(amax) / np.float32(127)
+        first = rounded(x.astype(np.float32), s)
+        second = rounded(x.astype(np.float32) - first.astype(np.float32), s / 256) if twice else 0.0
+        scales = (np.abs(weight).max(1) / 127).astype(np.float32)
+        return (first + second).astype(np.float64) @ (
+            np.rint(weight / scales[:, None]) * scales[:, None].astype(float)
+        ).T
+
+    q, k, o = (PARAMETERS[f"layer.{name}_proj.weight"] for name in "qko")
+    inner = linear(X, q, 2.0, twice=True) + linear(X, k, 2.0, twice=True)
+    expected = head(linear(inner, o, 50.0, twice=False))
+    np.testing.assert_allclose(run(model, tmp_path), expected, rtol=1e-5, atol=1e-4)
+    assert sum(node.op_type == "MatMul" for node in model.graph) == 4 + 2
+    ir.save(model, tmp_path / "quantised.onnx")
+    onnx.checker.check_model(tmp_path / "quantised.onnx", full_check=True)
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_two_steps_leave_a_hundredth_of_the_error_of_the_input(form):
+    """INT8: half a step of 1/127 becomes half a step of 1/32512. E4M3: 2^-4 of a value becomes 2^-8, or less near 0."""
+    values = np.linspace(-3, 3, 10_001, dtype=np.float32)
+    scale = FORMATS[form].scale(3.0, SINGLE)
+    once = values - FORMATS[form].round_trip(values, scale)
+    twice = once - FORMATS[form].round_trip(once, scale * np.float32(FORMATS[form].remainder))
+    assert np.abs(twice).max() < np.abs(once).max() / 14
+    assert (twice**2).mean() < (once**2).mean() / 200
+
+
 def test_every_linear_has_its_own_pair_and_the_head_stays_high(tmp_path):
     """By hand: three inputs, two of them the same tensor with the same scale, and three weights; not the head's."""
     model = quantised(tmp_path, "int8")

@@ -81,6 +81,37 @@ def test_arguments_that_are_missing_or_unknown(refused: Callable[..., str], argv
     refused(2, *argv)
 
 
+@pytest.mark.parametrize("target", ["a100", "orin"])
+def test_fp8_for_a_device_without_it_is_refused_before_anything_else_is_looked_at(
+    refused: Callable[..., str], target: str
+):
+    """Neither a budget nor data is given: nothing was read."""
+    assert "no fp8 hardware" in refused(2, "--model", "demo", "--quantize", "fp8", "--target", target)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--quantize", "int8"), ("--data", "JSONL", "demo")),
+        (("--quantize", "fp8"), ("--data", "JSONL", "demo")),
+        (("--data", "demo"), ("--quantize int8", "--quantize fp8")),
+        (("--quantize", "int8", "--data", "nowhere.jsonl"), ("nowhere.jsonl is missing",)),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_quantising_without_its_data_or_data_without_quantising(
+    refused: Callable[..., str], argv: tuple[str, ...], words: tuple[str, ...]
+):
+    sentence = refused(2, "--model", "demo", "--budget", "8,16", *argv)
+    assert all(word in sentence for word in words)
+
+
+def test_failed_quantisation_leaves_neither_bundle(refused: Callable[..., str], cheap: pytest.MonkeyPatch):
+    """The float bundle is written, beside the output; calibration then finds no graph in it."""
+    sentence = refused(1, "--model", "demo", "--budget", "8,16", "--no-parity", "--quantize", "int8", "--data", "demo")
+    assert "vision.onnx" in sentence
+
+
 @pytest.mark.parametrize("limit", ["--max-image-tokens", "--max-text-tokens"])
 @pytest.mark.parametrize("value", ["0", "-1", "x", "1.5"])
 def test_a_limit_that_is_no_positive_number(refused: Callable[..., str], limit: str, value: str):

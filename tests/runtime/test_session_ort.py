@@ -51,6 +51,33 @@ def test_outputs_belong_to_the_caller(session: OrtSession):
     np.testing.assert_array_equal(first, kept)
 
 
+def test_int8_products_do_not_saturate_on_this_processor(tmp_path: Path):
+    """The largest codes side by side, where 16-bit sums of two products overflow; expected in exact int64."""
+    onnx = pytest.importorskip("onnx")
+    make, arrays = onnx.helper, onnx.numpy_helper.from_array
+    weight = np.where(np.random.default_rng(0).random((48, 64)) < 0.5, 127, -127).astype(np.int8)
+    x = np.vstack([np.where(weight[3] > 0, 127, -127), np.full(64, 127), np.arange(64)]).astype(np.float32)
+    constants = {
+        "one": np.float32(1),
+        "zero": np.int8(0),
+        "w": weight,
+        "ones": np.ones(48, np.float32),
+        "zeros": np.zeros(48, np.int8),
+    }
+    nodes = [
+        make.make_node("QuantizeLinear", ["x", "one", "zero"], ["codes"]),
+        make.make_node("DequantizeLinear", ["codes", "one", "zero"], ["rounded"]),
+        make.make_node("DequantizeLinear", ["w", "ones", "zeros"], ["wide"], axis=0),
+        make.make_node("Transpose", ["wide"], ["turned"], perm=[1, 0]),
+        make.make_node("MatMul", ["rounded", "turned"], ["y"]),
+    ]
+    ends = [make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", k]) for name, k in (("x", 64), ("y", 48))]
+    graph = make.make_graph(nodes, "g", ends[:1], ends[1:], [arrays(np.asarray(v), k) for k, v in constants.items()])
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 20)], ir_version=10), tmp_path / "g.onnx")
+    found = OrtSession(tmp_path / "g.onnx", threads=1, quantised=True).run({"x": x})["y"]
+    np.testing.assert_array_equal(found, x.astype(np.int64) @ weight.T.astype(np.int64))
+
+
 def test_a_closed_session_says_so(session: OrtSession):
     session.close()
     session.close()

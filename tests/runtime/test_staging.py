@@ -16,7 +16,7 @@ import pytest
 from metaembed.runtime import staging
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.manifest import FORMAT, MANIFEST
-from metaembed.runtime.staging import check_output, staged_folder
+from metaembed.runtime.staging import check_output, scratch_folder, staged_folder
 
 NOBODY = 999_999_999  # above the largest process id of Linux
 
@@ -221,3 +221,18 @@ def test_a_parent_that_somebody_else_uses_by_now_stays(tmp_path: Path):
         (tmp_path / "a" / "note").touch()
         raise KeyError
     assert names(tmp_path / "a") == ["note"]
+
+
+def test_scratch_is_beside_the_output_and_gone_whatever_happens(tmp_path: Path):
+    with pytest.raises(KeyError), scratch_folder(tmp_path / "out") as scratch:
+        assert scratch.parent == tmp_path
+        (scratch / "file").write_text("x")
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_scratch_that_a_killed_run_left_is_removed(tmp_path: Path):
+    dead = tmp_path / ".out.scratch-999999999"
+    dead.mkdir()
+    with scratch_folder(tmp_path / "out"):
+        assert not dead.exists()

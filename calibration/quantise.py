@@ -15,7 +15,7 @@ import onnx_ir as ir
 from metaembed.runtime.check import Check, check_bundle
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.errors import ParityError, UsageError
-from metaembed.runtime.manifest import Bundle, write_manifest
+from metaembed.runtime.manifest import SCORER, Bundle, write_manifest
 from metaembed.runtime.parity import TOLERANCES
 from metaembed.runtime.staging import check_output, staged_folder
 
@@ -198,7 +198,7 @@ def _write(workshop: Workshop, recipe: Recipe, request: Request, folder: Path) -
     shutil.rmtree(folder / WORK)
     recipe.save(folder / RECIPE)
     for name in source.manifest.files:
-        if not name.endswith(".onnx") and not name.startswith(("weights/", "engines/")):
+        if name == SCORER or not (name.endswith(".onnx") or name.startswith(("weights/", "engines/"))):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path(name), folder / name)
     quantization = {

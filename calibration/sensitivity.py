@@ -9,7 +9,8 @@ from typing import Any
 from .judge import Verdict
 from .recipe import Recipe
 
-MARGIN = 0.25  # the part of the cosine's tolerance that held-out data may use: other inputs lose up to four times as much
+# The part of the cosine's tolerance that held-out data may use: other inputs lose up to four times as much.
+MARGIN = 0.25
 EXTRA = 0.25  # products that quantising in two steps may add: where more is needed, keeping groups high is cheaper
 Try = Callable[[Recipe], Verdict]
 Progress = Callable[[Any], Iterable[Any]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from metaembed.runtime.encoder import Encoder
-from metaembed.runtime.manifest import LANGUAGE, VISION, Bundle, cpu_graph
+from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Bundle, cpu_graph
 from metaembed.runtime.weights import place_file
 
 from . import smoothing
@@ -35,7 +35,7 @@ class Workshop:
     def __init__(self, bundle: Bundle, folder: Path, form: Format, threads: int = 0) -> None:
         self.bundle, self.folder, self.form, self.threads = bundle, folder, form, threads
         files = bundle.manifest.files
-        self.names = [name for name in files if name.endswith(".onnx")]
+        self.names = [name for name in files if name.endswith(".onnx") and name != SCORER]
         self.runnable = {name: cpu_graph(name) if cpu_graph(name) in files else name for name in (VISION, LANGUAGE)}
         self.groups = find_groups({name: self.load(name) for name in (VISION, LANGUAGE)})
         self._kind = self.groups[0].kind

@@ -21,8 +21,8 @@ GIB = 1 << 30
 # Kernels and metadata that a plan holds beside its weights, for each profile: 0.67-0.83 MB per transformer block of a 3B
 # model and 1.2 MB more, which is what shows in the demo. TensorRT-RTX 1.7.1, sm_80, bf16.
 PLAN_BYTES_PER_BLOCK, PLAN_BYTES_PER_PROFILE = 0.8e6, 1.2e6
-# Peak anonymous memory of a TensorRT-RTX build: 1.73 times the plan for both graphs of a 3B bf16 model (10.78 GB for 6.23,
-# 2.35 GB for 1.36), 0.22 GiB for next to nothing (the demo).
+# Peak anonymous memory of a TensorRT-RTX build of a 3B bf16 model: 10.45 GB for a plan of 6.23, 2.29 to 2.40 GB for one of 1.36,
+# 0.22 GiB for next to nothing (the demo). The factor is the highest seen.
 RTX_BUILD_FACTOR, RTX_BUILD_BASE = 1.73, 0.22 * GIB
 # TensorRT on a device times kernels with the weights loaded. Reports from Jetson builders: 3-4 times the parameters
 # (github.com/NVIDIA/TensorRT-Edge-LLM issue 30). Not measured by us.

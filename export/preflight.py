@@ -14,7 +14,7 @@ from metaembed.runtime.memory import available_memory
 
 from .memory import GIB, Estimate, estimate_build
 from .onnx_header import read_opset
-from .profiles import EngineSpec
+from .profiles import EngineSpec, Profile
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 OLDEST_TENSORRT, OLDEST_RTX = "10.3", "1.2"
@@ -44,8 +44,7 @@ class Preflight:
         for engine in self.engines:
             lines.append(f"engine    {engine.name}.plan from {engine.graph}")
             for profile in engine.profiles:
-                spans = (f"{name} {_span(span.min, span.opt, span.max)}" for name, span in profile.ranges.items())
-                lines.append(f"  profile {profile.name}: " + ", ".join(spans))
+                lines.append(f"  profile {profile.name}, min-opt-max: {_spans(profile)}")
         estimate = self.estimate
         lines.append(
             f"estimate  plans {gib(estimate.plans)}, build {gib(estimate.build_peak)} of memory, "
@@ -210,6 +209,14 @@ def version_key(version: str) -> tuple[int, ...]:
 
 def gib(amount: float) -> str:
     return f"{amount / GIB:.1f} GiB" if amount >= GIB / 2 else f"{amount / (1 << 20):.0f} MiB"
+
+
+def _spans(profile: Profile) -> str:
+    """Each shape once, behind the names of the inputs that share it."""
+    named: dict[str, list[str]] = {}
+    for name, span in profile.ranges.items():
+        named.setdefault(_span(span.min, span.opt, span.max), []).append(name)
+    return "; ".join(f"{', '.join(names)} {shapes}" for shapes, names in named.items())
 
 
 def _span(low: tuple[int, ...], best: tuple[int, ...], high: tuple[int, ...]) -> str:

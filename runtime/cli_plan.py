@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=EPILOG,
     )
     add = parser.add_argument
-    add("--model", required=True, help="demo, 3b, 7b, 32b, a bundle, or a checkpoint folder (its weights are not needed)")
+    add(
+        "--model",
+        required=True,
+        help="demo, 3b, 7b, 32b, a bundle, or a checkpoint folder (its weights are not needed)",
+    )
     add(
         "--candidates",
         default="100000",

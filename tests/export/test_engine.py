@@ -144,7 +144,7 @@ def test_a_dry_run_prints_the_plan_and_builds_nothing(folder, capsys):
     assert build_command([str(folder), "--target", "a100", "--target", "orin", "--dry-run", "--budget", "8,16"]) == 0
     printed = capsys.readouterr().out
     assert "compute capability 8.0, tensorrt_rtx" in printed
-    assert "profile candidate: token_ids 1x33-" in printed
+    assert "profile candidate, min-opt-max: token_ids, image_rows, mask 1x33-" in printed
     assert "can be built for agx-orin-64gb (kit); nothing was built" in printed
     assert not (folder / "engines").exists()
     assert len(list(folder.parent.iterdir())) == 1

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
@@ -100,7 +101,7 @@ def identify(artefact: Path | None) -> Record:
 
 def _origin() -> Record:
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = " ".join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])])
     threads = os.environ.get("OMP_NUM_THREADS")
     return {
         "machine": describe_machine(),
@@ -109,6 +110,11 @@ def _origin() -> Record:
         "command": command,
         "at": now,
     }
+
+
+def _without_folders(word: str) -> str:
+    """An absolute path by its last part: a record tells nothing of a machine's folders."""
+    return re.sub(r"(^|=)/\S*/(?=[^/])", r"\1", word)
 
 
 def _cpu_name() -> str:

@@ -52,3 +52,19 @@ def test_a_nan_is_never_written(tmp_path):
 def test_a_record_without_a_kind_has_the_name_of_its_file(tmp_path):
     (tmp_path / "training.jsonl").write_text('{"step": 1}\n')
     assert read_records([tmp_path]) == [{"kind": "training", "step": 1}]
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("/home/ann/out", "out"),
+        ("--work=/mnt/big/x.y", "--work=x.y"),
+        ("mmr=/a/b/final", "mmr=final"),
+        ("bench/results/a.jsonl", "bench/results/a.jsonl"),
+        ("1,1:100", "1,1:100"),
+        ("/", "/"),
+    ],
+)
+def test_a_record_names_no_folder_of_the_machine(monkeypatch, typed, kept):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/metaembed-bench", "quality", typed])
+    assert make_record("x", {})["command"] == f"metaembed-bench quality {kept}"

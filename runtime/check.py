@@ -153,7 +153,8 @@ def _read(encoder: Encoder, side: str) -> Golden:
     if bundle.unverified and golden_path(side) not in bundle.manifest.files:
         raise BundleError(f"{bundle.folder} was exported without parity and has no golden vectors; export it again")
     items, reference = read_golden(bundle.path(golden_path(side)))
-    least = (RANKS + 1, getattr(bundle.manifest.largest, side))
+    items_needed = RANKS + 1 if side == "candidate" else 1  # a ranking compares candidates; a query is enough
+    least = (items_needed, getattr(bundle.manifest.largest, side))
     if reference.shape[0] < least[0] or reference.shape[1] < least[1] or reference.shape[2] != encoder.dim:
         raise BundleError(
             f"{golden_path(side)} holds embeddings {reference.shape}; at least {least} of {encoder.dim} dims are needed"

@@ -13,6 +13,8 @@ from pathlib import Path
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.manifest import FORMAT, MANIFEST
 
+_in_use: set[Path] = set()  # this process's scratch folders: an output may be staged beside them
+
 
 def check_output(output: Path, *, force: bool) -> None:
     """Refuse an output that exists, before any work; ``force`` allows replacing a bundle or an empty folder.
@@ -69,9 +71,11 @@ def scratch_folder(output: Path) -> Iterator[Path]:
     _remove_abandoned(output)
     scratch = output.parent / f".{output.name}.scratch-{os.getpid()}"
     scratch.mkdir()
+    _in_use.add(scratch)
     try:
         yield scratch
     finally:
+        _in_use.discard(scratch)
         shutil.rmtree(scratch, ignore_errors=True)
         _remove_empty(made)
 
@@ -103,7 +107,7 @@ def _remove_abandoned(output: Path) -> None:
     pattern = re.compile(re.escape(f".{output.name}.") + r"(partial|scratch|replaced)-(\d{1,9})")
     for sibling in list(output.parent.iterdir()):
         match = pattern.fullmatch(sibling.name)
-        if match is None or _is_running(int(match[2])):
+        if match is None or sibling in _in_use or _is_running(int(match[2])):
             continue
         if match[1] == "replaced" and not output.exists():
             sibling.rename(output)

@@ -231,6 +231,14 @@ def test_scratch_is_beside_the_output_and_gone_whatever_happens(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_staged_beside_its_scratch_leaves_it_alone(tmp_path: Path):
+    with scratch_folder(tmp_path / "out") as scratch:
+        (scratch / "file").write_text("x")
+        with staged_folder(tmp_path / "out", force=False) as staging:
+            (staging / "copy").write_text((scratch / "file").read_text())
+    assert names(tmp_path) == ["out"]
+
+
 def test_scratch_that_a_killed_run_left_is_removed(tmp_path: Path):
     dead = tmp_path / ".out.scratch-999999999"
     dead.mkdir()

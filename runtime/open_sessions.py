@@ -13,6 +13,7 @@ from .providers import CPU, TENSORRT, Attempt, plan_attempts, provider_options
 from .session import Session
 from .session_trt import open_trt_sessions
 from .user_cache import user_cache
+from .weights import count_values
 
 if TYPE_CHECKING:
     from .session_ort import OrtSession
@@ -76,12 +77,10 @@ def _open(bundle: Bundle, graphs: Sequence[str], attempt: Attempt, threads: int)
 
     manifest = bundle.manifest
     files = manifest.files
-    # Not from the manifest, which an export that is judging its new bundle has not completed yet.
-    weights = sum(path.stat().st_size for path in (bundle.folder / "weights").glob("*"))
     on_cpu = attempt.providers == (CPU,)
     quantised = manifest.quantization is not None
     # Codes are not widened, and folding their transposes is worth its memory.
-    lean = on_cpu and not quantised and not _fits(weights if manifest.precision == "fp32" else 2 * weights)
+    lean = on_cpu and not quantised and not _fits(4 * count_values(bundle.folder / "weights"))
     cache = user_cache("onnxruntime", manifest.fingerprint[:16]) if TENSORRT in attempt.providers else None
     return [
         OrtSession(

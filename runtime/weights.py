@@ -1,10 +1,12 @@
-"""Bring weight files into a bundle: hard link, else reflink, else copy. Never through a temporary second copy."""
+"""Weight files of a bundle: brought in by hard link, else reflink, else copy, never through a second copy; and counted."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 FICLONE = 0x40049409  # linux/fs.h: share the extents of another file (btrfs, XFS)
@@ -34,3 +36,14 @@ def place_file(source: Path, target: Path, on_bytes: Callable[[int], object] = l
 def _reflink(source: Path, target: Path) -> None:
     with source.open("rb") as reader, target.open("wb") as writer:
         fcntl.ioctl(writer, FICLONE, reader.fileno())
+
+
+def count_values(folder: Path) -> int:
+    """Numbers in a folder's safetensors, from their headers: a graph may compute in float32 over narrower stored weights."""
+    return sum(prod(tensor["shape"]) for path in folder.glob("*.safetensors") for tensor in _tensors(path))
+
+
+def _tensors(path: Path) -> list[dict[str, list[int]]]:
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return [entry for name, entry in header.items() if name != "__metadata__"]

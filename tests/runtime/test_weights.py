@@ -6,7 +6,10 @@ import errno
 import os
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from metaembed.runtime import weights
 from metaembed.runtime.weights import place_file
@@ -55,3 +58,10 @@ def test_a_missing_source_leaves_no_target(tmp_path: Path):
     with pytest.raises(OSError, match="No such file"):
         place_file(tmp_path / "nowhere.bin", tmp_path / "target.bin")
     assert not (tmp_path / "target.bin").exists()
+
+
+def test_values_are_counted_whatever_their_type(tmp_path: Path):
+    """float32 graphs widen stored bf16: memory was once judged by stored bytes, and a 3B export took 23 GB."""
+    save_file({"a": np.zeros((3, 5), ml_dtypes.bfloat16), "b": np.zeros(7, np.float32)}, tmp_path / "one.safetensors")
+    save_file({"c": np.zeros((), np.float16)}, tmp_path / "two.safetensors", metadata={"format": "np"})
+    assert weights.count_values(tmp_path) == 15 + 7 + 1

@@ -149,7 +149,9 @@ def _round_weight(
         cast = ir.node("Cast", [scale_value], {"to": compute}, name=f"{name}{SCALE}/cast{suffix}")
         scale_value = _describe(cast, f"{name}{SCALE}/wide{suffix}", compute, scale.shape)
         nodes.append(cast)
-    zero = _initialiser(graph, f"{name}_zero", np.zeros(tuple(scale.shape.numpy()), weights.form.code))
+    # Each reader's zero has its own name: for processors without VNNI, ONNX Runtime turns int8 weights into uint8 at each
+    # reader, and fails where two of them name one zero.
+    zero = _initialiser(graph, f"{name}_zero{suffix}", np.zeros(tuple(scale.shape.numpy()), weights.form.code))
     attributes = {"axis": 0} if weights.form.per_channel else {}
     restore = ir.node(
         "DequantizeLinear", [codes_value, scale_value, zero], attributes, name=f"{name}/dequantise{suffix}"

@@ -18,7 +18,10 @@ from metaembed.calibration.linears import check_finite, find_groups, read_tensor
 from metaembed.calibration.packing import pack_weights
 from metaembed.calibration.qdq import Weights, insert_qdq
 from metaembed.calibration.sessions import ExactSession
+from metaembed.runtime import session_ort
+from metaembed.runtime.cpu import has_vnni
 from metaembed.runtime.errors import BundleError
+from metaembed.runtime.session_ort import OrtSession
 
 B, T, K, N = 2, 3, 5, 7
 SINGLE = np.dtype(np.float32)
@@ -133,6 +136,20 @@ def test_two_steps_equal_the_sum_of_two_integer_products_by_hand(tmp_path):
     assert sum(node.op_type == "MatMul" for node in model.graph) == 4 + 2
     ir.save(model, tmp_path / "quantised.onnx")
     onnx.checker.check_model(tmp_path / "quantised.onnx", full_check=True)
+
+
+@pytest.mark.parametrize("vnni", [False, True])
+def test_integer_kernels_take_two_steps_with_and_without_vnni(tmp_path, monkeypatch, vnni):
+    """ONNX Runtime has other kernels for processors with VNNI; those for the rest are exact on every processor."""
+    monkeypatch.setattr(session_ort, "has_vnni", lambda: vnni)
+    model = write_graph(tmp_path, "g.onnx")
+    insert_qdq(model, find_groups({"g.onnx": model}), AMAX, Weights(tmp_path, FORMATS["int8"], {}), SINGLE, twice=AMAX)
+    exact = run(model, tmp_path)
+    pack_weights([model], tmp_path, "int8")
+    ir.save(model, tmp_path / "quantised.onnx")
+    found = OrtSession(tmp_path / "quantised.onnx", quantised=True).run({"x": X})["custom_text_proj"]
+    if not vnni or has_vnni():
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("form", ["int8", "fp8"])

@@ -89,17 +89,13 @@ def measure_speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _rehearse(scratch: Path, args: argparse.Namespace) -> list[Path]:
-    """A bundle of random weights, and its INT8 bundle, ranges from a few demo pages: for its speed, not its quality."""
-    from metaembed.calibration.cli import calibrate, make_request
-
-    from .rehearsal import write_rehearsal
+    """A bundle of random weights, and its INT8 bundle: for its speed, not its quality."""
+    from .rehearsal import quantise_rehearsal, write_rehearsal
 
     if args.bundles:
         raise UsageError("name bundles, or ask for --rehearse")
     bundle, _ = write_rehearsal(scratch)
-    request = make_request("int8", "demo", text_tokens=512, samples=16, smooth=False, threads=args.threads)
-    calibrate(bundle, request, scratch / "int8", force=False, quiet=args.quiet)
-    return [bundle, scratch / "int8"]
+    return [bundle, quantise_rehearsal(bundle, scratch / "int8", args.threads, quiet=args.quiet)]
 
 
 def measure_contenders(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from metaembed.runtime.errors import BundleError, UsageError
 
+INT8 = "bundle int8"
 SAME = 1e-3  # float32 contestants agree to 1e-6; only another model's weights differ by more
 
 
@@ -19,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="DIR", help="what it was exported from, for PyTorch (default: the demo)"
     )
     parser.add_argument(
-        "--rehearse", action="store_true", help="random weights of a geometry of 402 M parameters instead"
+        "--rehearse",
+        action="store_true",
+        help="random weights of a geometry of 402 M parameters instead, and their INT8 bundle",
     )
     parser.add_argument("--int8", type=Path, metavar="BUNDLE", help="its quantised bundle, one more contestant")
     parser.add_argument(
@@ -41,8 +44,8 @@ def work(args: argparse.Namespace) -> None:
     cases = [case for case in CASES if args.only is None or args.only in case.name]
     if not cases:
         raise UsageError(f"no input is called {args.only!r}; there are {', '.join(case.name for case in CASES)}")
-    with _models(args) as (bundle, checkpoint, model):
-        contestants = [one for one in line_up(args, bundle, checkpoint) if one.name not in args.skip]
+    with _models(args) as (bundle, checkpoint, int8, model):
+        contestants = [one for one in line_up(args, bundle, checkpoint, int8) if one.name not in args.skip]
         note = (lambda text: None) if args.quiet else (lambda text: print(f"{text} ...", file=sys.stderr))
         for measured in race(contestants, cases, rounds=args.rounds, warmup=args.warmup, note=note):
             print_race(measured)
@@ -55,11 +58,11 @@ def work(args: argparse.Namespace) -> None:
 
 def check_same(measured: list[dict]) -> None:
     """Raise BundleError when a contestant that should agree with the bundle does not: they would not do the same work."""
-    if any(values.get("max_abs_difference", 0) > SAME for values in measured if values["contestant"] != "bundle int8"):
+    if any(values.get("max_abs_difference", 0) > SAME for values in measured if values["contestant"] != INT8):
         raise BundleError("the contestants' vectors differ: --checkpoint is not what the bundle was exported from")
 
 
-def line_up(args: argparse.Namespace, bundle: Path, checkpoint: Path) -> list:
+def line_up(args: argparse.Namespace, bundle: Path, checkpoint: Path, int8: Path | None) -> list:
     """Our bundle first: the others' vectors are compared with its own."""
     from .contestants import build_bundle
     from .contestants_torch import build_hf
@@ -73,8 +76,8 @@ def line_up(args: argparse.Namespace, bundle: Path, checkpoint: Path) -> list:
         Contestant("torch.compile", build_hf, hf | {"compiled": True}),
         Contestant("plain ONNX", build_hf, hf | {"plain_onnx": True}),
     ]
-    if args.int8:
-        contestants.insert(1, Contestant("bundle int8", build_bundle, {"folder": args.int8, "threads": args.threads}))
+    if int8:
+        contestants.insert(1, Contestant(INT8, build_bundle, {"folder": int8, "threads": args.threads}))
     return contestants
 
 
@@ -92,22 +95,26 @@ def print_race(measured: list[dict]) -> None:
 
 @contextmanager
 def _models(args: argparse.Namespace):
-    """The bundle, the checkpoint it comes from, and the model's name; rehearsals are written to a temporary folder."""
+    """The bundle, its checkpoint, its INT8 bundle if there is one, and the model's name; rehearsals go to a temporary folder."""
     from metaembed.export.models import DEMO_FOLDER
     from metaembed.runtime.manifest import Bundle
 
     if args.rehearse == (args.bundle is not None):
         raise UsageError("name a bundle, or ask for --rehearse")
+    if args.rehearse and args.int8:
+        raise UsageError("--rehearse makes its own INT8 bundle; leave it out with --skip 'bundle int8'")
     if not args.rehearse:
         name = Bundle.open(args.bundle).manifest.model
         if args.checkpoint is None and name != "demo":
             raise UsageError(
                 f"{args.bundle} holds {name!r}; name the folder it was exported from with --checkpoint DIR"
             )
-        yield args.bundle, Path(args.checkpoint or DEMO_FOLDER), name
+        yield args.bundle, Path(args.checkpoint or DEMO_FOLDER), args.int8, name
         return
 
-    from .rehearsal import NAME, write_rehearsal
+    from .rehearsal import NAME, quantise_rehearsal, write_rehearsal
 
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as work:
-        yield *write_rehearsal(Path(work)), NAME
+        bundle, checkpoint = write_rehearsal(Path(work))
+        int8 = None if INT8 in args.skip else quantise_rehearsal(bundle, Path(work, "int8"), args.threads, quiet=True)
+        yield bundle, checkpoint, int8, NAME

@@ -10,9 +10,11 @@ from metaembed.export.bundle import ExportRequest, export_bundle
 from metaembed.export.models import DEMO_FOLDER, ResolvedModel
 from metaembed.export.random_weights import write_random_checkpoint
 from metaembed.runtime.budget import Budget
+from metaembed.runtime.manifest import Bundle
 
 NAME = "402m"
 SEED = 0
+SAMPLES = 16  # calibration inputs: ranges decide nothing about speed
 # A small Qwen2.5 (hidden 1024, 24 layers; 310 M with its table) with a tower of ViT-B's size, in the demo's vocabulary of ids.
 TEXT = {
     "hidden_size": 1024,
@@ -45,3 +47,15 @@ def write_rehearsal(folder: Path) -> tuple[Path, Path]:
     model = ResolvedModel(NAME, rehearsal_config(), base=checkpoint)
     export_bundle(ExportRequest(model=model, budgets=[Budget(8, 16)], parity=False), bundle)
     return bundle, checkpoint
+
+
+def quantise_rehearsal(bundle: Path, output: Path, threads: int = 0, *, quiet: bool = False) -> Path:
+    """Its INT8 bundle, every Linear quantised: for its speed. Random weights have no ranking to keep, so nothing is judged."""
+    from metaembed.calibration.cli import calibrate, make_request
+
+    limit = Bundle.open(bundle, verify=False).manifest.limits.text_tokens
+    request = make_request(
+        "int8", "demo", text_tokens=limit, samples=SAMPLES, smooth=False, judge=False, threads=threads
+    )
+    calibrate(bundle, request, output, force=False, quiet=quiet)
+    return output

@@ -55,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="S",
         help="fail when less of the Linears' work can be quantised (default: 0.9)",
     )
+    add(
+        "--no-judge",
+        action="store_true",
+        help="quantise all of it and compare with nothing; the bundle says 'unverified'",
+    )
     parser.add_common()
     return run_command(parser, run, argv)
 
@@ -73,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         observer=args.observer,
         smooth=not args.no_smoothing,
         min_share=args.min_share,
+        judge=not args.no_judge,
     )
     calibrate(args.bundle, request, args.output, force=args.force, quiet=args.quiet)
     return 0
@@ -121,7 +127,8 @@ def calibrate(source: Path, request: Request, output: Path, *, force: bool, quie
     if done.check is not None and not quiet:
         print(done.check.table())
     held = "" if done.verdict is None else f"held-out {done.verdict}, "
-    checked = "check passed" if done.check else "UNVERIFIED (the source has no golden vectors)"
+    why = "the source has no golden vectors" if request.judge else "nothing was judged"
+    checked = "check passed" if done.check else f"UNVERIFIED ({why})"
     twice = f", {len(done.recipe.twice)} group(s) in two steps" if done.recipe.twice else ""
     high = f", {len(done.recipe.high)} group(s) kept high" if done.recipe.high else ""
     print(f"{output}: {done.recipe.share:.1%} of the Linears' work in {request.type}{twice}{high}; {held}{checked}")

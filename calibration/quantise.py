@@ -42,6 +42,8 @@ Progress = Callable[[Any, str], Iterable[Any]]
 class Request:
     """How to quantise. Ranges come from ``data``, or with ``recipe`` from an earlier run, perhaps edited.
 
+    ``judge=False`` quantises every group (or what the recipe says) and compares with nothing; the bundle is then unverified.
+
     Raises:
         UsageError: an unknown type or observer, neither or both of data and recipe, an impossible share.
     """
@@ -52,6 +54,7 @@ class Request:
     observer: str = "max"
     smooth: bool = True
     min_share: float = MIN_SHARE
+    judge: bool = True
     threads: int = 0
 
     def __post_init__(self) -> None:
@@ -69,7 +72,7 @@ class Request:
 @dataclass(frozen=True)
 class Quantised:
     """What was written: the recipe, its verdict on held-out data (None for a replay), and the bundle's own check (None
-    where the source has no golden vectors, so that the bundle is unverified)."""
+    where the source has no golden vectors or nothing was to be judged, so that the bundle is unverified)."""
 
     recipe: Recipe
     verdict: Verdict | None
@@ -110,7 +113,7 @@ def quantise_bundle(
         report("writing the quantised bundle")
         _write(workshop, recipe, request, folder)
         check = None
-        if not bundle.unverified:
+        if request.judge and not bundle.unverified:
             report("comparing with the golden vectors")
             check = _final_check(folder, recipe, nearest, request.threads, progress)
         manifest = Bundle.open(folder, verify=False).manifest
@@ -121,7 +124,7 @@ def quantise_bundle(
 def _check_source(bundle: Bundle, request: Request) -> None:
     if bundle.manifest.quantization:
         raise UsageError(f"{bundle.folder} is quantised already; start from the bundle that it was made of")
-    if bundle.unverified and request.data is None:
+    if request.judge and bundle.unverified and request.data is None:
         raise UsageError(f"{bundle.folder} has no golden vectors and a recipe has no data: nothing could be judged on")
 
 
@@ -131,6 +134,8 @@ def _settle(workshop: Workshop, request: Request, report: Report, progress: Prog
         return request.recipe, None
     assert request.data is not None
     recipe = draft_recipe(workshop, request, report, progress)
+    if not request.judge:
+        return recipe, None
     report("judging on held-out data")
     with workshop.source_encoder() as reference:
         held_out = request.data.held_out

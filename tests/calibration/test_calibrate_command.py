@@ -174,3 +174,16 @@ def test_data_of_one_image_is_one_sentence_through_the_command(small_bundle, tmp
     assert main([str(small_bundle), "--quantize", "int8", *data]) == 2
     assert "gives 1 distinct, readable query inputs" in capsys.readouterr().err
     assert json.loads((small_bundle / "bundle.json").read_text())["quantization"] is None
+
+
+def test_a_bundle_that_nothing_judged_says_so(small_bundle, calibration_set, tmp_path, capsys):
+    """A rehearsal with random weights has no ranking to keep; a bundle without a verdict must never pass for a checked one."""
+    done = quantise_bundle(small_bundle, Request(type="int8", data=calibration_set, judge=False), tmp_path / "out")
+    assert done.verdict is None
+    assert done.check is None
+    assert done.recipe.share == pytest.approx(1.0)
+    assert Bundle.open(tmp_path / "out").unverified
+    again = ["--quantize", "int8", "--recipe", str(tmp_path / "out/recipe.json"), "--no-judge"]
+    assert main([str(small_bundle), *again, "-o", str(tmp_path / "again"), "--quiet"]) == 0
+    assert "UNVERIFIED" in capsys.readouterr().out
+    assert Bundle.open(tmp_path / "again").unverified

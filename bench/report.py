@@ -24,8 +24,8 @@ SECTIONS = (
         ("scoring", "int8", "cascades", "efficiency"),
     ),
     ("Encoding", ("encoder",), ("encoder_race", "encoder_costs")),
-    ("Parity and quantisation", ("parity", "sensitivity"), ()),
-    ("Exporting", (), ("exports",)),
+    ("Parity and quantisation", ("parity", "sensitivity"), ("calibration",)),
+    ("Exporting and building", (), ("exports", "engine_layouts")),
 )
 
 

@@ -44,10 +44,12 @@ def draw_quality(records: Sequence[Record]) -> Figure | None:
     plain = [record for record in found if not record["cascade"]]
     for k, (name, curve) in enumerate(group(plain, "dataset", "artefact").items()):
         _curve_with_interval(axes, curve, ", ".join(name), k)
-    for record in (record for record in found if record["cascade"]):
+    cascades = [record for record in found if record["cascade"]]
+    for place, record in enumerate(cascades):  # labels in a column: most cascades end at the same point
         axes.plot(record["budget"], record["ndcg_at_5"], "*", color=LIGHT["s2"], markersize=11, zorder=3)
-        axes.annotate(f"cascade {record['cascade']}", (record["budget"], record["ndcg_at_5"]), xytext=(-8, -16),
-                      textcoords="offset points", ha="right", fontsize=8, color=LIGHT["muted"])  # fmt: skip
+        text = f"cascade {record['cascade']}: {record['ndcg_at_5']:.3f}"
+        axes.annotate(text, (1, 0), xytext=(-6, 6 + 12 * (len(cascades) - 1 - place)), xycoords="axes fraction",
+                      textcoords="offset points", ha="right", fontsize=8, color=LIGHT["s2"])  # fmt: skip
     return _finish(figure, axes, "budget (query, candidate vectors)", "nDCG@5")
 
 
@@ -208,13 +210,22 @@ def draw_sensitivity(records: Sequence[Record]) -> Figure | None:
     found = of_kind(records, "sensitivity", "model", "precision", "group")
     if not found:
         return None
-    found = sorted(found, key=lambda record: record["cost"])[-MOST_BARS:]
-    figure, axes = plt.subplots(figsize=(5.4, 0.5 + 0.32 * len(found) + 0.5))
-    colours = [LIGHT["s1"] if record["quantised"] else LIGHT["s2"] for record in found]
-    axes.barh([record["group"] for record in found], [record["cost"] for record in found], color=colours, height=0.7)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel("1 - worst cosine when this group alone is quantised (orange: kept high)")
-    return figure
+    worst = {name: max(record["cost"] for record in costs) for (name,), costs in group(found, "group").items()}
+    names = sorted(worst, key=lambda name: worst[name])[-MOST_BARS:]
+    figure, axes = plt.subplots(figsize=(5.4, 1.2 + 0.2 * len(names)))
+    for k, ((precision,), costs) in enumerate(group(found, "precision").items()):
+        at = {record["group"]: record for record in costs if record["group"] in names}
+        style = {"color": SERIES[k], "markersize": 6}
+        for kept, label, fill in ((False, precision, "full"), (True, f"{precision}, kept high", "none")):
+            shown = [name for name in names if name in at and at[name]["quantised"] != kept]
+            if shown:
+                costs_shown = [at[name]["cost"] for name in shown]
+                axes.plot(costs_shown, [names.index(name) for name in shown], "o", label=label, fillstyle=fill, **style)
+    axes.set_yticks(
+        range(len(names)), [name.replace("language_model.", "").replace("_proj", "") for name in names], fontsize=7
+    )
+    axes.set_xscale("log")
+    return _finish(figure, axes, "1 - worst cosine when this group alone is quantised", "")
 
 
 PLOTS = (

@@ -127,13 +127,21 @@ def make_encoder_race(records: Sequence[Record]) -> Table | None:
     if not found:
         return None
     contestants = [name for (name,) in group(found, "contestant")]
+    ours = [name for name in contestants if name.startswith("bundle ")]
     rows = []
     for (model, case), runs in group(found, "model", "input").items():
         at = {run["contestant"]: run for run in runs}
-        rows.append((f"{model}, {case}", *(_race_cell(at.get(name)) for name in contestants), _speedup(at)))
+        rows.append(
+            (
+                f"{model}, {case}",
+                *(_race_cell(at.get(name)) for name in contestants),
+                *(_speedup(at, name) for name in ours),
+            )
+        )
     machine = found[-1]["machine"]
-    note = f"Median ms (p95), {machine['cpu']}, {found[-1]['threads']} threads. Ratio: the best of PyTorch over bundle fp32."
-    return Table(("model, input", *contestants, "ratio"), tuple(rows), note)
+    note = f"Median ms (p95), {machine['cpu']}, {found[-1]['threads']} threads. Ratios: the best of PyTorch over ours."
+    ratios = (f"ratio, {name.removeprefix('bundle ')}" for name in ours)
+    return Table(("model, input", *contestants, *ratios), tuple(rows), note)
 
 
 def make_engine_layouts(records: Sequence[Record]) -> Table | None:
@@ -253,7 +261,7 @@ def _race_cell(run: Record | None) -> str:
     return "cannot" if "error" in run else f"{run['median_ms']:,.1f} ({run['p95_ms']:,.1f})"
 
 
-def _speedup(at: dict[str, Record]) -> str:
-    ours = at.get("bundle fp32")
-    torch = [at[name]["median_ms"] for name in ("HF eager", "torch.compile") if name in at and "error" not in at[name]]
+def _speedup(at: dict[str, Record], name: str) -> str:
+    ours = at.get(name)
+    torch = [at[who]["median_ms"] for who in ("HF eager", "torch.compile") if who in at and "error" not in at[who]]
     return f"{min(torch) / ours['median_ms']:.2f}" if torch and ours and "error" not in ours else ""

@@ -162,7 +162,8 @@ def _screened(
 
 def _score_rows(index: Index, part: Part, queries: Floats, vectors: int, rows: Rows) -> tuple[Rows, Floats]:
     rows = rows[part.alive[rows]]
-    rows = np.setdiff1d(rows, _damaged(index, part, vectors, rows))
+    if len(damaged := _damaged(index, part, vectors, rows)):
+        rows = np.setdiff1d(rows, damaged)
     return rows, score_groups(queries, part.segment.groups(vectors), rows)[0]
 
 

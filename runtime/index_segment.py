@@ -24,6 +24,7 @@ from .maxsim import Vectors
 # Yields one group of a segment's items, in order and in pieces that fit in memory.
 Source = Callable[[int], Iterator[Vectors]]
 Rows = NDArray[np.int64]
+NO_ROWS = np.empty(0, np.int64)
 
 
 def write_segment(path: Path, layout: Layout, items: int, source: Source) -> int:
@@ -133,25 +134,27 @@ class Segment:
         if zlib.crc32(self._crcs.tobytes(), zlib.crc32(self._bytes[: len(header)].data)) != checksum:
             raise BundleError(f"{path} is damaged in its header or its table of checksums; restore it")
         self._checked = np.full(self._crcs.shape, not verify)
+        self._sound = [not verify] * len(layout.spans)  # groups of which all rows were found good
+        self._groups = [self._stored(group) for group in range(len(layout.spans))]
 
     def groups(self, vectors: int) -> list[Vectors]:
         """The arrays (items, r, d) that hold the first `vectors` vectors of every item. `check` the rows to be read."""
         last = self.layout.groups_of(vectors) - 1
-        return [*map(self._group, range(last)), cut(self._group(last), 0, vectors - self.layout.starts[last])]
+        return [*self._groups[:last], cut(self._groups[last], 0, vectors - self.layout.starts[last])]
 
     def screen(self) -> Int8Vectors | None:
         """The first group in int8, for all items; `check_screen` first. None where the index keeps none."""
-        stored = self._group(len(self.layout.ends)) if self.layout.screen else None
-        return stored if isinstance(stored, Int8Vectors) else None
+        stored = self._groups[-1]
+        return stored if self.layout.screen and isinstance(stored, Int8Vectors) else None
 
     def check(self, vectors: int, rows: Rows | None = None) -> Rows:
         """Rows (of those given, or of all) whose first `vectors` vectors do not match their checksums."""
         damaged = [self._check_group(group, rows) for group in range(self.layout.groups_of(vectors))]
-        return np.unique(np.concatenate(damaged))
+        return np.unique(np.concatenate(damaged)) if any(map(len, damaged)) else NO_ROWS
 
     def check_screen(self) -> Rows:
         """Rows whose screen does not match its checksum."""
-        return self._check_group(len(self.layout.ends), None) if self.layout.screen else np.empty(0, np.int64)
+        return self._check_group(len(self.layout.ends), None) if self.layout.screen else NO_ROWS
 
     def hold(self, vectors: int) -> None:
         """Copy the first `vectors` vectors of every item into memory: they stay there however scarce it gets.
@@ -164,6 +167,7 @@ class Segment:
         for group in range(self.layout.groups_of(vectors)):
             name = f"vectors.{self.layout.name(group)}"
             self._blocks[name] = self._blocks[name].copy()
+            self._groups[group] = self._stored(group)
 
     def damage(self, rows: Rows) -> BundleError:
         """The sentence for damaged rows."""
@@ -171,23 +175,27 @@ class Segment:
         return BundleError(f"{self.path} is damaged in row {rows[0]}{others}; restore it, or index its items again")
 
     def _check_group(self, group: int, rows: Rows | None) -> Rows:
+        if self._sound[group]:
+            return NO_ROWS
         # Rows once found good are not read again.
         todo = np.flatnonzero(~self._checked[:, group]) if rows is None else rows[~self._checked[rows, group]]
         if not len(todo):
             return todo
         self._will_need(group, todo)
-        codes, scales = _parts(self._group(group))
+        codes, scales = _parts(self._groups[group])
         crcs = np.array([item_crc(codes, scales, row) for row in todo.tolist()], np.uint32)
         if len(todo) == self.items:
             self._advise(group, "NORMAL")  # what was pushed out of memory since comes back by read-ahead
         good = crcs == self._crcs[todo, group]
         self._checked[todo[good], group] = True
         damaged: Rows = todo[~good]
+        if rows is None and not len(damaged):
+            self._sound[group] = True
         return damaged
 
     def piece(self, group: int, rows: Rows) -> Vectors:
         """A copy of some rows of one group."""
-        stored = self._group(group)
+        stored = self._groups[group]
         if isinstance(stored, Int8Vectors):
             return Int8Vectors(stored.codes[rows], stored.scales[rows])
         return stored[rows]
@@ -210,7 +218,7 @@ class Segment:
         if size and hasattr(mmap, f"MADV_{advice}"):
             self._map.madvise(getattr(mmap, f"MADV_{advice}"), page, start + size - page)
 
-    def _group(self, group: int) -> Vectors:
+    def _stored(self, group: int) -> Vectors:
         values = self._blocks[f"vectors.{self.layout.name(group)}"]
         scales = self._blocks.get(f"scales.{self.layout.name(group)}")
         return values if scales is None else Int8Vectors(values, scales)

@@ -37,14 +37,18 @@ INLINE vf NAME(high)(const char *chunk, int h, const int tight) {
 
 /* Few rows: lanes are dims. sums[c][m] += products of query vector m and candidate c, lane by lane. */
 INLINE void NAME(few_tile)(const float *query, const char *const *candidates, int64_t chunks, vf *sums,
-                           int64_t rows, int fresh, const int tall, const int wide) {
+                           int64_t rows, int fresh, int64_t ahead, const int tall, const int wide) {
     const char *candidate[FEW_WIDE];
     vf sum[FEW_WIDE * FEW_TALL], part[FEW_WIDE];
     for (int c = 0; c < wide; c++) {
         candidate[c] = candidates[c];
         for (int m = 0; m < tall; m++) sum[c * tall + m] = fresh ? (vf){0} : sums[c * rows + m];
     }
-    for (int64_t k = 0; k < chunks; k++, query += tall * CHUNK)
+    for (int64_t k = 0; k < chunks; k++, query += tall * CHUNK) {
+        if (ahead) /* a line of each between steps: all at once would hold up the products */
+            for (int c = 0; c < wide; c++)
+                for (int line = 0; line < MAX(CHUNK * BYTES / LINE, 1); line++)
+                    __builtin_prefetch(candidate[c] + k * CHUNK * BYTES + line * LINE + ahead, 0, 2);
         for (int h = 0; h < CHUNK / 2 / WIDTH; h++) {
             for (int c = 0; c < wide; c++) part[c] = NAME(low)(candidate[c] + k * CHUNK * BYTES, h);
             for (int m = 0; m < tall; m++) {
@@ -59,31 +63,33 @@ INLINE void NAME(few_tile)(const float *query, const char *const *candidates, in
             }
             RELOAD;
         }
+    }
     for (int c = 0; c < wide; c++)
         for (int m = 0; m < tall; m++) sums[c * rows + m] = sum[c * tall + m];
 }
 
 INLINE void NAME(few_tiles)(const float *query, const char *const *candidates, int count, int64_t chunks, vf *sums,
-                            int64_t rows, int fresh, const int tall, const int wide) {
+                            int64_t rows, int fresh, int64_t ahead, const int tall, const int wide) {
     int c = 0;
     for (; c + wide <= count; c += wide)
-        NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, tall, wide);
-    for (; c < count; c++) NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, tall, 1);
+        NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, ahead, tall, wide);
+    for (; c < count; c++) NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, ahead, tall, 1);
 }
 
 static void NAME(few)(const Space *space, const float *query, int64_t query_stride, const char *const *candidates,
                       int count, int64_t chunks, int fresh, int64_t ahead) {
     const int64_t rows = space->rows;
     vf *sums = space->sums;
-    for (int c = 0; c < count; c++)
-        for (int64_t k = 0; k < chunks * CHUNK * BYTES; k += LINE) __builtin_prefetch(candidates[c] + k + ahead, 0, 2);
+    if (!ahead) /* chosen items lie anywhere: what is read now has to come at once */
+        for (int c = 0; c < count; c++)
+            for (int64_t k = 0; k < chunks * CHUNK * BYTES; k += LINE) __builtin_prefetch(candidates[c] + k, 0, 2);
     if (rows == 1)
-        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, 1, 6);
+        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, ahead, 1, 6);
     else if (rows == 2)
-        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, 2, 3);
+        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, ahead, 2, 3);
     else
         for (int64_t m = 0; m < rows; m += FEW_TALL, query += query_stride)
-            NAME(few_tiles)(query, candidates, count, chunks, sums + m, rows, fresh, FEW_TALL, 3);
+            NAME(few_tiles)(query, candidates, count, chunks, sums + m, rows, fresh, m ? 0 : ahead, FEW_TALL, 3);
 }
 
 /* Many rows: lanes are query vectors. sums[c][m] += query[m][k] * candidate[c][k] over some dims k. */

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from .errors import MetaEmbedError, UsageError
 from .index import Hit, Index, Part, Snapshot
 from .index_filter import parse_filters
 from .index_segment import Rows
-from .maxsim import Floats, prepare, score_groups
+from .maxsim import Floats, prepare, score_parts
 from .screen import may_be_best
 
 log = logging.getLogger(__name__)
@@ -127,23 +127,36 @@ def _score(
 ) -> list[_Scored]:
     """Score the living items of a pool (None: all), and keep what may be among the best, from every part."""
     queries = np.ascontiguousarray(queries)
+    work = list(_choose(index, snapshot, queries, vectors, pool, keep))
+    found = score_parts(
+        queries, [(part.segment.groups(vectors), None if whole else rows) for part, rows, whole in work]
+    )
+    return [
+        _contenders(part, rows, scores[0][rows] if whole else scores[0], keep)
+        for (part, rows, whole), scores in zip(work, found, strict=True)
+    ]
+
+
+def _choose(
+    index: Index, snapshot: Snapshot, queries: Floats, vectors: int, pool: Rows | None, keep: int
+) -> Iterator[tuple[Part, Rows, bool]]:
+    """The rows to score of every part, and whether it is to be scanned as a whole."""
     if pool is not None and len(pool) <= WORTH_PICKING * sum(part.segment.items for part in snapshot.parts):
         pool = np.sort(pool)
-        work = [(part, pool[mask] - part.start) for part, mask in snapshot.split(pool)]
-        return [_contenders(part, *_score_rows(index, part, queries, vectors, rows), keep) for part, rows in work]
-    pieces = []
+        for part, mask in snapshot.split(pool):
+            rows = pool[mask] - part.start
+            yield part, _sound(index, part, vectors, rows[part.alive[rows]]), False
+        return
     for part in snapshot.parts:
         alive = part.alive
         if pool is not None:
             alive = alive & np.isin(np.arange(part.start, part.end), pool)
-        rows = _screened(index, part, queries, vectors, alive, keep)
-        found = (
-            _score_all(index, part, queries, vectors, alive)
-            if rows is None
-            else _score_rows(index, part, queries, vectors, rows)
-        )
-        pieces.append(_contenders(part, *found, keep))
-    return pieces
+        likely = _screened(index, part, queries, vectors, alive, keep)
+        if likely is not None:
+            yield part, _sound(index, part, vectors, likely), False
+        else:
+            damaged = _damaged(index, part, vectors, None)
+            yield part, _without(damaged, np.flatnonzero(alive)), not len(damaged)
 
 
 def _screened(
@@ -160,21 +173,12 @@ def _screened(
     return rows if len(rows) <= WORTH_PICKING * part.segment.items else None
 
 
-def _score_rows(index: Index, part: Part, queries: Floats, vectors: int, rows: Rows) -> tuple[Rows, Floats]:
-    rows = rows[part.alive[rows]]
-    if len(damaged := _damaged(index, part, vectors, rows)):
-        rows = np.setdiff1d(rows, damaged)
-    return rows, score_groups(queries, part.segment.groups(vectors), rows)[0]
+def _sound(index: Index, part: Part, vectors: int, rows: Rows) -> Rows:
+    return _without(_damaged(index, part, vectors, rows), rows)
 
 
-def _score_all(
-    index: Index, part: Part, queries: Floats, vectors: int, alive: NDArray[np.bool_]
-) -> tuple[Rows, Floats]:
-    damaged = _damaged(index, part, vectors, None)
-    if len(damaged):
-        return _score_rows(index, part, queries, vectors, np.flatnonzero(alive))
-    rows = np.flatnonzero(alive)
-    return rows, score_groups(queries, part.segment.groups(vectors))[0][rows]
+def _without(damaged: Rows, rows: Rows) -> Rows:
+    return np.setdiff1d(rows, damaged) if len(damaged) else rows
 
 
 def _damaged(index: Index, part: Part, vectors: int, rows: Rows | None) -> Rows:

@@ -59,13 +59,19 @@ def score_groups(queries: Floats, groups: Sequence[Vectors], chosen: NDArray[np.
     Raises:
         UsageError: a similarity is NaN or infinite.
     """
-    if not maxsim_native.can_score(groups):
-        return maxsim_reference(queries, groups, chosen)
-    scores = maxsim_native.score(queries, groups, chosen)
-    finite = np.isfinite(scores).all(axis=0)
-    if not finite.all():
-        raise not_finite(int(np.argmin(finite)))
-    return scores
+    return score_parts(queries, [(groups, chosen)])[0]
+
+
+def score_parts(queries: Floats, parts: Sequence[maxsim_native.Part]) -> list[Floats]:
+    """`score_groups` of several sets of candidates, as fast as if they were one."""
+    if not all(maxsim_native.can_score(groups) for groups, _ in parts):
+        return [maxsim_reference(queries, groups, chosen) for groups, chosen in parts]
+    found = maxsim_native.score(queries, parts)
+    for scores in found:
+        finite = np.isfinite(scores).all(axis=0)
+        if not finite.all():
+            raise not_finite(int(np.argmin(finite)))
+    return found
 
 
 def maxsim_reference(queries: Floats, groups: Sequence[Vectors], chosen: NDArray[np.int64] | None = None) -> Floats:

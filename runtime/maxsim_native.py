@@ -9,18 +9,21 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from .int8 import Int8Vectors
-from .maxsim_pack import BF16, F32, INT8, pack
+from .maxsim_pack import BF16, F32, INT8, Packed, pack
+
+# Candidates whose vectors lie side by side in each of some arrays (n, r_g, d), and which rows of them (None: all).
+Part: TypeAlias = "tuple[Sequence[NDArray[Any] | Int8Vectors], NDArray[np.int64] | None]"
 
 INTERFACE = 4
 # Queries scored in one pass over the candidates: more rows would no longer stay in a core's cache (43 against 76 GFLOP/s
@@ -92,79 +95,74 @@ def can_score(groups: Sequence[NDArray[Any] | Int8Vectors]) -> bool:
     return library() is not None and len(kinds) == 1 and kinds <= STORAGE.keys() and all(map(_is_dense, groups))
 
 
-def score(
-    queries: NDArray[np.float32],
-    groups: Sequence[NDArray[Any] | Int8Vectors],
-    chosen: NDArray[np.int64] | None = None,
-) -> NDArray[np.float32]:
-    """MaxSim of (q, r_q, d) float32 over groups (n, r_g, d) that `can_score` takes; an item has the vectors of all.
+def score(queries: NDArray[np.float32], parts: Sequence[Part]) -> list[NDArray[np.float32]]:
+    """MaxSim of (q, r_q, d) float32 over the candidates of every part; `can_score` takes all of their groups.
 
-    Args:
-        chosen: the rows of the groups to score, in this order; all by default.
+    The parts are shared out to threads together: a search over many small ones wakes threads once.
 
     Returns:
-        (q, n) float32; NaN where a similarity is NaN or infinite.
+        (q, n) float32 for each part; NaN where a similarity is NaN or infinite.
     """
-    n = groups[0].shape[0] if chosen is None else len(chosen)
-    selection = None if chosen is None else np.ascontiguousarray(chosen, np.int64)
-    structs = (_Group * len(groups))(*map(_describe, groups))
-    scores = np.empty((len(queries), n), np.float32)
+    counts = [groups[0].shape[0] if chosen is None else len(chosen) for groups, chosen in parts]
+    selections = [None if chosen is None else np.ascontiguousarray(chosen, np.int64) for _, chosen in parts]
+    structs = [(_Group * len(groups))(*map(_describe, groups)) for groups, _ in parts]
+    scores = [np.empty((len(queries), count), np.float32) for count in counts]
+    storage = STORAGE[_values(parts[0][0][0]).dtype] if parts else F32
     step = max(1, PASS_ROWS // queries.shape[1])
-    for start in range(0, len(queries), step):
-        _score_pass(queries[start : start + step], groups, structs, selection, scores[start : start + step])
+    for start in range(0, len(queries), step):  # queries that stay in the cache
+        some = queries[start : start + step]
+        packed = _pack(some, storage)
+        tasks = [
+            _Task(
+                *packed.fields(), *some.shape, held, len(held), _address(rows), out[start : start + step].ctypes.data, n
+            )
+            for held, rows, out, n in zip(structs, selections, scores, counts, strict=True)
+        ]
+        vectors = [sum(group.shape[1] for group in groups) for groups, _ in parts]
+        work = packed.rows * queries.shape[2] * sum(n * r for n, r in zip(counts, vectors, strict=True))
+        _run(storage, list(zip(tasks, counts, strict=True)), work)
     return scores
 
 
-def _score_pass(
-    queries: NDArray[np.float32],
-    groups: Sequence[NDArray[Any] | Int8Vectors],
-    structs: Any,
-    chosen: NDArray[np.int64] | None,
-    scores: NDArray[np.float32],
-) -> None:
-    """One pass over the candidates with queries that stay in the cache; fills `scores` (q, n)."""
+def _pack(queries: NDArray[np.float32], storage: int) -> Packed:
     kernels = library()
     assert kernels is not None
-    (q, r_q, d), n = queries.shape, scores.shape[1]
-    storage = STORAGE[_values(groups[0]).dtype]
-    packed = pack(
-        queries, storage, kernels.metaembed_vector_width(), dots=bool(kernels.metaembed_dots() >> storage & 1)
-    )
-    address = None if chosen is None else chosen.ctypes.data
-    task = _Task(*packed.fields(), q, r_q, d, structs, len(groups), address, scores.ctypes.data, n)
+    return pack(queries, storage, kernels.metaembed_vector_width(), dots=bool(kernels.metaembed_dots() >> storage & 1))
 
-    def run(first: int, last: int) -> int:
-        return int(kernels.metaembed_maxsim(storage, ctypes.byref(task), first, last))
 
-    work = n * packed.rows * d * sum(group.shape[1] for group in groups)
+def _run(storage: int, tasks: Sequence[tuple[_Task, int]], work: int) -> None:
+    """Run tasks over their numbers of items, by ranges, on this thread and, where so many multiply-adds are worth it, others."""
     threads = min(thread_count(), -(-work // SMALL_TASK))
-    shares = min(threads * SHARES_PER_THREAD, -(-work // SMALL_TASK))
-    if run(0, n) if threads <= 1 else _share_out(run, n, threads, shares):
-        raise MemoryError("no memory for the work space of a MaxSim kernel")
-
-
-def _share_out(run: Callable[[int, int], int], items: int, threads: int, shares: int) -> bool:
-    """Run ranges of items on this thread and on others, each taking the next when it is done; True when one failed."""
-    step = -(-items // (shares * BLOCK_ITEMS)) * BLOCK_ITEMS
-    starts = deque(range(0, items, step))
+    shares = 1 if threads <= 1 else min(threads * SHARES_PER_THREAD, -(-work // SMALL_TASK))
+    items = sum(count for _, count in tasks)
+    step = max(1, -(-items // (shares * BLOCK_ITEMS))) * BLOCK_ITEMS
+    ranges = deque((task, start, min(start + step, count)) for task, count in tasks for start in range(0, count, step))
+    kernels = library()
+    assert kernels is not None
 
     def take() -> bool:
+        """Work off ranges, each taking the next when it is done; True when one failed."""
         failed = False
         while True:
             try:
-                start = starts.popleft()
+                task, first, last = ranges.popleft()
             except IndexError:
                 return failed
-            failed |= bool(run(start, min(start + step, items)))
+            failed |= bool(kernels.metaembed_maxsim(storage, ctypes.byref(task), first, last))
 
     others = [_pool(threads).submit(take) for _ in range(threads - 1)]
     failed = take()
-    return any([failed, *(other.result() for other in others if not other.cancel())])
+    if any([failed, *(other.result() for other in others if not other.cancel())]):
+        raise MemoryError("no memory for the work space of a MaxSim kernel")
 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="maxsim")
+
+
+def _address(array: NDArray[Any] | None) -> int | None:
+    return None if array is None else array.ctypes.data
 
 
 def _values(group: NDArray[Any] | Int8Vectors) -> NDArray[Any]:

@@ -99,7 +99,7 @@ def test_kernels_equal_float64_brute_force(storage):
         queries = unit(rng, q, r_q, d)
         groups = [stored(unit(rng, n, size, d), storage) for size in sizes]
         assert maxsim_native.can_score(groups)
-        scores = maxsim_native.score(queries, groups)
+        scores = maxsim_native.score(queries, [(groups, None)])[0]
         np.testing.assert_allclose(scores, brute_force(queries, groups), rtol=0, atol=tolerance(storage) * r_q)
 
 
@@ -112,7 +112,9 @@ def test_kernels_equal_the_reference_on_any_shape(q, r_q, n, r_c, d, int8):
     queries, candidates = unit(rng, q, r_q, d), stored(unit(rng, n, r_c + 2, d), "int8" if int8 else BFLOAT16)
     candidates = candidates.prefix(r_c) if int8 else candidates[:, :r_c]
     expected = maxsim_reference(queries, [candidates])
-    np.testing.assert_allclose(maxsim_native.score(queries, [candidates]), expected, rtol=0, atol=tolerance(int8) * r_q)
+    np.testing.assert_allclose(
+        maxsim_native.score(queries, [([candidates], None)])[0], expected, rtol=0, atol=tolerance(int8) * r_q
+    )
 
 
 @pytest.mark.usefixtures("kernels")
@@ -123,7 +125,9 @@ def test_kernels_give_not_a_number_for_what_is_not_finite(value, r_q):
     rng = np.random.default_rng(1)
     queries, candidates = unit(rng, 1, r_q, 70), unit(rng, 5, 3, 70).astype(BFLOAT16)
     candidates[2, 1, 33] = value
-    np.testing.assert_array_equal(np.isfinite(maxsim_native.score(queries, [candidates])), [[1, 1, 0, 1, 1]])
+    np.testing.assert_array_equal(
+        np.isfinite(maxsim_native.score(queries, [([candidates], None)])[0]), [[1, 1, 0, 1, 1]]
+    )
     with pytest.raises(UsageError, match="candidate 2 has"):
         maxsim(queries, candidates)
 
@@ -137,7 +141,7 @@ def test_chosen_rows_score_as_if_copied_out(storage):
     chosen = np.array([8, 2, 2, 0, 5])
     expected = brute_force(queries, groups)[:, chosen]
     np.testing.assert_allclose(
-        maxsim_native.score(queries, groups, chosen), expected, rtol=0, atol=4 * tolerance(storage)
+        maxsim_native.score(queries, [(groups, chosen)])[0], expected, rtol=0, atol=4 * tolerance(storage)
     )
     np.testing.assert_allclose(maxsim_reference(queries, groups, chosen), expected, rtol=0, atol=8e-6)
 
@@ -147,10 +151,10 @@ def test_threads_give_the_scores_of_one_thread(monkeypatch):
     rng = np.random.default_rng(2)
     queries, candidates = unit(rng, 1, 4, 64), unit(rng, 5000, 3, 64).astype(BFLOAT16)
     monkeypatch.setattr(maxsim_native, "thread_count", lambda: 1)
-    expected = maxsim_native.score(queries, [candidates])
+    expected = maxsim_native.score(queries, [([candidates], None)])[0]
     monkeypatch.setattr(maxsim_native, "thread_count", lambda: 3)
     monkeypatch.setattr(maxsim_native, "SMALL_TASK", 1)
-    np.testing.assert_array_equal(maxsim_native.score(queries, [candidates]), expected)
+    np.testing.assert_array_equal(maxsim_native.score(queries, [([candidates], None)])[0], expected)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -160,7 +164,9 @@ def test_queries_of_any_magnitude_keep_their_bits(magnitude):
     rng = np.random.default_rng(8)
     queries, candidates = unit(rng, 1, 3, 200) * np.float32(magnitude), unit(rng, 4, 2, 200).astype(BFLOAT16)
     expected = brute_force(queries, [candidates])
-    np.testing.assert_allclose(maxsim_native.score(queries, [candidates]), expected, rtol=0, atol=6e-6 * magnitude)
+    np.testing.assert_allclose(
+        maxsim_native.score(queries, [([candidates], None)])[0], expected, rtol=0, atol=6e-6 * magnitude
+    )
 
 
 @pytest.mark.usefixtures("kernels")

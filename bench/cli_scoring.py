@@ -118,5 +118,6 @@ def _contests(args: argparse.Namespace) -> Iterator[tuple[str, dict, str]]:
                     f"{r['times_the_best_other']:.2f}x {r['best_other']}, "
                     f"{r['times_the_best_exact']:.2f}x {r['best_exact']} (as exact), "
                     f"worst error {r['worst_error']['metaembed']:.1e}"
+                    + "".join(f"; {name} is not installed" for name in r["not_installed"])
                 ),
             )

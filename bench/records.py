@@ -16,6 +16,7 @@ from typing import Any
 
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.manifest import MANIFEST, Bundle, FileRecord
+from metaembed.runtime.maxsim_native import describe_kernels
 
 Record = dict[str, Any]
 
@@ -63,11 +64,12 @@ def latest(records: Iterable[Record], *keys: str) -> list[Record]:
 
 @cache
 def describe_machine() -> Record:
-    """Processor, cores, memory and system; a GPU by name where the driver tells one."""
+    """Processor, cores, what scoring uses of it, memory and system; a GPU by name where the driver tells one."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
+        "kernels": describe_kernels(),
         "memory_gib": round(memory / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "gpu": _gpu_name(),

@@ -25,7 +25,7 @@ SECTIONS = (
     ),
     ("Encoding", ("encoder",), ("encoder_race", "encoder_costs")),
     ("Parity and quantisation", ("parity", "sensitivity"), ("calibration",)),
-    ("Exporting and building", (), ("exports", "engine_layouts")),
+    ("Exporting and building", (), ("exports", "export_parity", "engine_layouts")),
 )
 
 

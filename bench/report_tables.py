@@ -10,7 +10,7 @@ from metaembed.runtime.errors import UsageError
 from .records import Record
 from .report_plots import group, of_kind
 from .table import Table, TableKind, to_markdown
-from .tables_cost import make_exports
+from .tables_cost import make_export_parity, make_exports
 from .tables_scoring import make_cascades, make_int8, make_scoring
 
 MARKER = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -212,6 +212,7 @@ TABLES = {
         TableKind("int8", "The int8 first pass", make_int8),
         TableKind("cascades", "Cascades against the full scan", make_cascades),
         TableKind("exports", "What an export costs", make_exports),
+        TableKind("export_parity", "Real sizes against Hugging Face", make_export_parity),
         TableKind("efficiency", "Scoring: cost, time here, and limits elsewhere", make_efficiency),
         TableKind("encoder_costs", "Encoding: cost and limits", make_encoder_costs),
         TableKind("engine_layouts", "TensorRT engines: what each layout takes", make_engine_layouts),

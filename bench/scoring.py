@@ -16,7 +16,7 @@ from metaembed.runtime.int8 import quantize_int8
 from metaembed.runtime.maxsim import maxsim
 
 from .records import Record
-from .scoring_contestants import OURS, contestants
+from .scoring_contestants import OTHERS, OURS, contestants
 from .scoring_limits import PAUSE_S, Limits
 from .timing import time_interleaved
 
@@ -87,6 +87,7 @@ def measure_contest(
         "best_exact": best_exact,
         "times_the_best_exact": others[best_exact] / ours,
         "worst_error": errors,
+        "not_installed": [name for name in OTHERS if name not in timed],
         "timings": {name: timing.to_json() for name, timing in timed.items()},
     }
 

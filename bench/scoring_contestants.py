@@ -15,10 +15,11 @@ from metaembed.runtime.maxsim_native import thread_count
 Scorer = Callable[[], NDArray[np.float32]]
 CHUNK_FLOATS = 1 << 22  # candidates that a framework scores at a time: more only costs it memory
 OURS, PLAIN = "metaembed", "numpy, bf16 tiles"
+NUMKONG, ORT, TORCH, TORCH_BF16 = OTHERS = ("NumKong bf16", "ONNX Runtime f32", "torch f32", "torch bf16")
 
 
 def contestants(queries: NDArray[np.float32], candidates: NDArray[np.generic], graph: bytes) -> dict[str, Scorer]:
-    """Scorers of queries (q, r_q, d) float32 against candidates (n, r_c, d) bfloat16; those that are not installed are left out.
+    """Scorers of queries (q, r_q, d) float32 against candidates (n, r_c, d) bfloat16; of OTHERS only those that are installed.
 
     Args:
         graph: MaxSim as an ONNX model in float32, inputs `queries` and `candidates`.
@@ -29,10 +30,10 @@ def contestants(queries: NDArray[np.float32], candidates: NDArray[np.generic], g
     }
     wide = candidates.astype(np.float32)
     for name, make in (
-        ("NumKong bf16", lambda: _numkong(queries, candidates)),
-        ("ONNX Runtime f32", lambda: _onnxruntime(queries, wide, graph)),
-        ("torch f32", lambda: _torch(queries, wide, "float32")),
-        ("torch bf16", lambda: _torch(queries, wide, "bfloat16")),
+        (NUMKONG, lambda: _numkong(queries, candidates)),
+        (ORT, lambda: _onnxruntime(queries, wide, graph)),
+        (TORCH, lambda: _torch(queries, wide, "float32")),
+        (TORCH_BF16, lambda: _torch(queries, wide, "bfloat16")),
     ):
         try:
             found[name] = make()

@@ -1,21 +1,21 @@
-"""Tables of `metaembed-bench scoring`."""
+"""Tables of `metaembed-bench scoring`: every measurement once for each kind of processor that it was taken on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .records import Record
-from .report_plots import of_kind
+from .records import Record, latest
 from .scoring_contestants import OURS
 from .table import Table
 
 
 def make_scoring(records: Sequence[Record]) -> Table | None:
-    found = of_kind(records, "scoring_contest", "dim", "budget", "queries")
+    found = _by_kernels(records, "scoring_contest", "dim", "budget", "queries")
     if not found:
         return None
     rows = tuple(
         (
+            r["kernels"],
             f"{r['dim']}, {r['budget']}" + (f", batch of {r['queries']}" if r["queries"] > 1 else ""),
             f"{r['candidates']:,}",
             f"{r['timings'][OURS]['median_ms']:.1f}",
@@ -29,38 +29,45 @@ def make_scoring(records: Sequence[Record]) -> Table | None:
         for r in found
     )
     head = (
-        "dims, budget", "candidates", "ms", "limit ms", "of the limit", "of sgemm",
+        "kernels", "dims, budget", "candidates", "ms", "limit ms", "of the limit", "of sgemm",
         "x best other", "x best as exact", "error",
     )  # fmt: skip
     last = found[-1]
     note = (
         f"bf16 candidates, float32 queries, {last['threads']} threads of {last['machine']['cpu']}. Limits are loops of reads and "
         "of multiply-adds that took turns with the contestants; above 100 % the reading loop was the slower reader. "
-        "Others: NumKong, ONNX Runtime, torch and numpy; as exact: within 2e-6 r_q of float64, which those that round the "
+        "Others: NumKong 7.8, ONNX Runtime, torch and numpy; as exact: within 2e-6 r_q of float64, which those that round the "
         "query to bf16 are not."
     )
     return Table(head, rows, note)
 
 
 def make_int8(records: Sequence[Record]) -> Table | None:
-    found = of_kind(records, "scoring_int8", "dim", "budget")
+    found = _by_kernels(records, "scoring_int8", "dim", "budget")
     rows = tuple(
-        (f"{r['dim']}, {r['budget']}", f"{r['candidates']:,}", f"{r['timings']['bf16']['median_ms']:.1f}",
+        (r["kernels"], f"{r['dim']}, {r['budget']}", f"{r['candidates']:,}", f"{r['timings']['bf16']['median_ms']:.1f}",
          f"{r['timings']['int8']['median_ms']:.1f}", f"{r['times_bf16']:.2f}", f"{r['worst_error']:.0e}")
         for r in found
     )  # fmt: skip
-    return Table(("dims, budget", "candidates", "bf16 ms", "int8 ms", "ratio", "error"), rows) if rows else None
+    head = ("kernels", "dims, budget", "candidates", "bf16 ms", "int8 ms", "ratio", "error")
+    return Table(head, rows) if rows else None
 
 
 def make_cascades(records: Sequence[Record]) -> Table | None:
-    found = of_kind(records, "cascade", "cascade", "items")
+    found = _by_kernels(records, "cascade", "cascade", "items")
     if not found:
         return None
     rows = tuple(
-        (r["cascade"], f"{r['median_ms']:.1f}", f"{r['times_full']:.1f}", f"{r['recall_at_10']:.3f}") for r in found
-    )
+        (r["kernels"], r["cascade"], f"{r['median_ms']:.1f}", f"{r['full_ms']:.0f}", f"{r['times_full']:.1f}",
+         f"{r['recall_at_10']:.3f}")
+        for r in found
+    )  # fmt: skip
     last = found[-1]
-    note = (
-        f"{last['items']:,} {last['source']}, {last['queries']} queries; the full scan took {last['full_ms']:.0f} ms."
-    )
-    return Table(("cascade", "ms", "x full scan", "recall@10"), rows, note)
+    note = f"{last['items']:,} {last['source']}, {last['queries']} queries, {last['threads']} threads."
+    return Table(("kernels", "cascade", "ms", "full scan ms", "x full scan", "recall@10"), rows, note)
+
+
+def _by_kernels(records: Sequence[Record], kind: str, *keys: str) -> list[Record]:
+    """The latest of each combination of the processor's kernels and these fields."""
+    named = [{**r, "kernels": r["machine"].get("kernels", "")} for r in records if r["kind"] == kind]
+    return sorted(latest(named, "kernels", *keys), key=lambda record: record["kernels"])

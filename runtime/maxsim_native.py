@@ -81,6 +81,16 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def describe_kernels() -> str:
+    """The instructions that scoring uses on this processor, for records; ``numpy`` where there are no kernels."""
+    kernels = library()
+    if kernels is None:
+        return "numpy"
+    name = {4: "NEON", 8: "AVX2", 16: "AVX-512"}[kernels.metaembed_vector_width()]
+    dots = kernels.metaembed_dots()
+    return name + " BF16" * bool(dots >> BF16 & 1) + " VNNI" * bool(dots >> INT8 & 1)
+
+
 def thread_count() -> int:
     """Threads that score: OMP_NUM_THREADS where set, else the cores this process may use."""
     asked = os.environ.get("OMP_NUM_THREADS", "")

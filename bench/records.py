@@ -62,6 +62,14 @@ def latest(records: Iterable[Record], *keys: str) -> list[Record]:
     return list({tuple(str(record.get(key)) for key in keys): record for record in records}.values())
 
 
+def by_kernels(records: Iterable[Record], kind: str, *keys: str) -> list[Record]:
+    """The latest records of one kind for each sort of processor, told apart by these fields; ``kernels`` names the sort."""
+    named = [
+        {**record, "kernels": record["machine"].get("kernels", "")} for record in records if record["kind"] == kind
+    ]
+    return sorted(latest(named, "kernels", *keys), key=lambda record: record["kernels"])
+
+
 @cache
 def describe_machine() -> Record:
     """Processor, cores, what scoring uses of it, memory and system; a GPU by name where the driver tells one."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from metaembed.runtime.errors import UsageError
 
-from .records import Record
+from .records import Record, by_kernels
 from .report_plots import group, of_kind
 from .table import Table, TableKind, to_markdown
 from .tables_cost import make_export_parity, make_exports
@@ -123,16 +123,17 @@ def make_encoder_costs(records: Sequence[Record]) -> Table | None:
 
 
 def make_encoder_race(records: Sequence[Record]) -> Table | None:
-    found = of_kind(records, "encoder", "model", "input", "contestant")
+    found = by_kernels(records, "encoder", "model", "input", "contestant")
     if not found:
         return None
     contestants = [name for (name,) in group(found, "contestant")]
     ours = [name for name in contestants if name.startswith("bundle ")]
     rows = []
-    for (model, case), runs in group(found, "model", "input").items():
+    for (kernels, model, case), runs in group(found, "kernels", "model", "input").items():
         at = {run["contestant"]: run for run in runs}
         rows.append(
             (
+                kernels,
                 f"{model}, {case}",
                 *(_race_cell(at.get(name)) for name in contestants),
                 *(_speedup(at, name) for name in ours),
@@ -141,7 +142,7 @@ def make_encoder_race(records: Sequence[Record]) -> Table | None:
     machine = found[-1]["machine"]
     note = f"Median ms (p95), {machine['cpu']}, {found[-1]['threads']} threads. Ratios: the best of PyTorch over ours."
     ratios = (f"ratio, {name.removeprefix('bundle ')}" for name in ours)
-    return Table(("model, input", *contestants, *ratios), tuple(rows), note)
+    return Table(("processor", "model, input", *contestants, *ratios), tuple(rows), note)
 
 
 def make_engine_layouts(records: Sequence[Record]) -> Table | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .records import Record, latest
+from .records import Record, by_kernels
 from .scoring_contestants import OURS
 from .table import Table
 
 
 def make_scoring(records: Sequence[Record]) -> Table | None:
-    found = _by_kernels(records, "scoring_contest", "dim", "budget", "queries")
+    found = by_kernels(records, "scoring_contest", "dim", "budget", "queries")
     if not found:
         return None
     rows = tuple(
@@ -29,7 +29,7 @@ def make_scoring(records: Sequence[Record]) -> Table | None:
         for r in found
     )
     head = (
-        "kernels", "dims, budget", "candidates", "ms", "limit ms", "of the limit", "of sgemm",
+        "processor", "dims, budget", "candidates", "ms", "limit ms", "of the limit", "of sgemm",
         "x best other", "x best as exact", "error",
     )  # fmt: skip
     last = found[-1]
@@ -43,18 +43,18 @@ def make_scoring(records: Sequence[Record]) -> Table | None:
 
 
 def make_int8(records: Sequence[Record]) -> Table | None:
-    found = _by_kernels(records, "scoring_int8", "dim", "budget")
+    found = by_kernels(records, "scoring_int8", "dim", "budget")
     rows = tuple(
         (r["kernels"], f"{r['dim']}, {r['budget']}", f"{r['candidates']:,}", f"{r['timings']['bf16']['median_ms']:.1f}",
          f"{r['timings']['int8']['median_ms']:.1f}", f"{r['times_bf16']:.2f}", f"{r['worst_error']:.0e}")
         for r in found
     )  # fmt: skip
-    head = ("kernels", "dims, budget", "candidates", "bf16 ms", "int8 ms", "ratio", "error")
+    head = ("processor", "dims, budget", "candidates", "bf16 ms", "int8 ms", "ratio", "error")
     return Table(head, rows) if rows else None
 
 
 def make_cascades(records: Sequence[Record]) -> Table | None:
-    found = _by_kernels(records, "cascade", "cascade", "items")
+    found = by_kernels(records, "cascade", "cascade", "items")
     if not found:
         return None
     rows = tuple(
@@ -64,10 +64,4 @@ def make_cascades(records: Sequence[Record]) -> Table | None:
     )  # fmt: skip
     last = found[-1]
     note = f"{last['items']:,} {last['source']}, {last['queries']} queries, {last['threads']} threads."
-    return Table(("kernels", "cascade", "ms", "full scan ms", "x full scan", "recall@10"), rows, note)
-
-
-def _by_kernels(records: Sequence[Record], kind: str, *keys: str) -> list[Record]:
-    """The latest of each combination of the processor's kernels and these fields."""
-    named = [{**r, "kernels": r["machine"].get("kernels", "")} for r in records if r["kind"] == kind]
-    return sorted(latest(named, "kernels", *keys), key=lambda record: record["kernels"])
+    return Table(("processor", "cascade", "ms", "full scan ms", "x full scan", "recall@10"), rows, note)

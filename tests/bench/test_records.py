@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from metaembed.bench.records import ORIGIN, append_records, latest, make_record, read_records
+from metaembed.bench.records import ORIGIN, append_records, by_kernels, latest, make_record, read_records
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.manifest import Bundle
 
@@ -42,6 +42,15 @@ def test_a_folder_without_records_is_a_usage_error(tmp_path):
     for path in (tmp_path, tmp_path / "missing.jsonl"):
         with pytest.raises(UsageError):
             read_records([path])
+
+
+def test_another_sort_of_processor_replaces_no_record():
+    def taken(kernels, ms):
+        return {"kind": "scoring", "budget": "1,1", "ms": ms, "machine": {"kernels": kernels}}
+
+    records = [taken("NEON", 3), taken("AVX2", 2), taken("NEON", 1)]
+    found = [(record["kernels"], record["ms"]) for record in by_kernels(records, "scoring", "budget")]
+    assert found == [("AVX2", 2), ("NEON", 1)]
 
 
 def test_a_nan_is_never_written(tmp_path):

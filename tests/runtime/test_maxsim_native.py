@@ -147,6 +147,27 @@ def test_chosen_rows_score_as_if_copied_out(storage):
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_parts_scored_together_equal_brute_force_over_each(monkeypatch, threads):
+    """Parts of unequal size, one empty, one by chosen rows; shares end within parts and at their ends."""
+    monkeypatch.setattr(maxsim_native, "thread_count", lambda: threads)
+    monkeypatch.setattr(maxsim_native, "SMALL_TASK", 1)
+    rng = np.random.default_rng(7)
+    queries, chosen = unit(rng, 2, 3, 70), np.array([5, 0, 5])
+    sizes = (301, 0, 7, 96)
+    groups = [[unit(rng, n, size, 70).astype(BFLOAT16) for size in (1, 2)] for n in sizes]
+    parts = [(groups[0], None), (groups[1], None), (groups[2], chosen), (groups[3], None)]
+    found = maxsim_native.score(queries, parts)
+    for scores, (arrays, rows) in zip(found, parts, strict=True):
+        expected = brute_force(queries, arrays)
+        np.testing.assert_allclose(scores, expected if rows is None else expected[:, rows], rtol=0, atol=3 * TOLERANCE)
+
+
+def test_no_parts_give_no_scores():
+    assert maxsim_native.score(np.ones((1, 2, 4), np.float32), []) == []
+
+
+@pytest.mark.usefixtures("kernels")
 def test_threads_give_the_scores_of_one_thread(monkeypatch):
     rng = np.random.default_rng(2)
     queries, candidates = unit(rng, 1, 4, 64), unit(rng, 5000, 3, 64).astype(BFLOAT16)

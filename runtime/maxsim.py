@@ -64,7 +64,7 @@ def score_groups(queries: Floats, groups: Sequence[Vectors], chosen: NDArray[np.
 
 def score_parts(queries: Floats, parts: Sequence[maxsim_native.Part]) -> list[Floats]:
     """`score_groups` of several sets of candidates, as fast as if they were one."""
-    if not all(maxsim_native.can_score(groups) for groups, _ in parts):
+    if not maxsim_native.can_score([group for groups, _ in parts for group in groups]):
         return [maxsim_reference(queries, groups, chosen) for groups, chosen in parts]
     found = maxsim_native.score(queries, parts)
     for scores in found:

@@ -106,7 +106,7 @@ def can_score(groups: Sequence[NDArray[Any] | Int8Vectors]) -> bool:
 
 
 def score(queries: NDArray[np.float32], parts: Sequence[Part]) -> list[NDArray[np.float32]]:
-    """MaxSim of (q, r_q, d) float32 over the candidates of every part; `can_score` takes all of their groups.
+    """MaxSim of (q, r_q, d) float32 over the candidates of every part; `can_score` takes the groups of all of them together.
 
     The parts are shared out to threads together: a search over many small ones wakes threads once.
 
@@ -118,6 +118,7 @@ def score(queries: NDArray[np.float32], parts: Sequence[Part]) -> list[NDArray[n
     structs = [(_Group * len(groups))(*map(_describe, groups)) for groups, _ in parts]
     scores = [np.empty((len(queries), count), np.float32) for count in counts]
     storage = STORAGE[_values(parts[0][0][0]).dtype] if parts else F32
+    vectors = sum(n * group.shape[1] for n, (groups, _) in zip(counts, parts, strict=True) for group in groups)
     step = max(1, PASS_ROWS // queries.shape[1])
     for start in range(0, len(queries), step):  # queries that stay in the cache
         some = queries[start : start + step]
@@ -128,9 +129,7 @@ def score(queries: NDArray[np.float32], parts: Sequence[Part]) -> list[NDArray[n
             )
             for held, rows, out, n in zip(structs, selections, scores, counts, strict=True)
         ]
-        vectors = [sum(group.shape[1] for group in groups) for groups, _ in parts]
-        work = packed.rows * queries.shape[2] * sum(n * r for n, r in zip(counts, vectors, strict=True))
-        _run(storage, list(zip(tasks, counts, strict=True)), work)
+        _run(storage, list(zip(tasks, counts, strict=True)), packed.rows * queries.shape[2] * vectors)
     return scores
 
 

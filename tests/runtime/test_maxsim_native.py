@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from metaembed.runtime import maxsim_native
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.int8 import Int8Vectors, dequantize_int8, quantize_int8
-from metaembed.runtime.maxsim import maxsim, maxsim_reference, score_groups
+from metaembed.runtime.maxsim import maxsim, maxsim_reference, score_groups, score_parts
 
 SOURCE = Path(maxsim_native.__file__).parent / "_maxsim.c"
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -161,6 +161,15 @@ def test_parts_scored_together_equal_brute_force_over_each(monkeypatch, threads)
     for scores, (arrays, rows) in zip(found, parts, strict=True):
         expected = brute_force(queries, arrays)
         np.testing.assert_allclose(scores, expected if rows is None else expected[:, rows], rtol=0, atol=3 * TOLERANCE)
+
+
+def test_parts_of_different_types_are_each_read_as_what_they_are():
+    """One part in bf16 and one in float32: no kernel takes both, and neither may be read as the other."""
+    rng = np.random.default_rng(8)
+    queries, wide, narrow = unit(rng, 1, 2, 64), unit(rng, 5, 3, 64), unit(rng, 4, 3, 64).astype(BFLOAT16)
+    found = score_parts(queries, [([narrow], None), ([wide], None)])
+    for scores, candidates in zip(found, (narrow, wide), strict=True):
+        np.testing.assert_allclose(scores, brute_force(queries, [candidates]), rtol=0, atol=2 * TOLERANCE)
 
 
 def test_no_parts_give_no_scores():

@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +35,7 @@ from metaembed.runtime.tensors import parameter_count
 from metaembed.runtime.text import Template, Tokenizer
 from metaembed.runtime.weights import place_file
 
+from .attention_parts import attend_in_parts
 from .checkpoint import Checkpoint, read_json
 from .frozen import trace_frozen
 from .graph import WeightRef, attach_weights, check_operators, save_graph, widen_for_cpu
@@ -121,7 +122,13 @@ def export_bundle(
         progress.stage("reading the checkpoint")
         source = open_source(request.model, work / "model", random_seed=request.random_seed, advance=progress.advance)
         checkpoint = convert_weights(source.checkpoint, request.precision, work / "converted", progress.advance)
-        _write_assets(request, source, folder)
+        limits = _write_assets(request, source, folder)
+        if limits != request.limits:
+            progress.stage(
+                f"images are scaled to at most {limits.image_tokens} visual tokens, not {request.limits.image_tokens}: "
+                "the checkpoint's preprocessor_config.json allows no more"
+            )
+            request = replace(request, limits=limits)
         progress.stage("placing weights")
         refs = place_weights(checkpoint, folder, progress.advance)
         write_graphs(request, checkpoint, refs, folder, progress.stage)
@@ -173,10 +180,13 @@ def write_graphs(
         model = trace(checkpoint.geometry, precision=request.precision, opset=request.opset)
         attach_weights(model, refs)
         check_operators(model)
-        save_graph(model, folder / name)
-        if request.precision in NARROW:
-            widen_for_cpu(model, NARROW[request.precision])
-            save_graph(model, folder / cpu_graph(name))
+        narrow = NARROW.get(request.precision)
+        if narrow:
+            save_graph(model, folder / name)
+            widen_for_cpu(model, narrow)
+        if name == VISION:
+            attend_in_parts(model)
+        save_graph(model, folder / (cpu_graph(name) if narrow else name))
 
 
 def _judge(request: ExportRequest, source: Source, folder: Path, progress: Progress) -> Check:
@@ -218,9 +228,14 @@ def _tool_versions() -> dict[str, str]:
     return found
 
 
-def _write_assets(request: ExportRequest, source: Source, folder: Path) -> None:
-    """Tokenizer and image rules, read back at once: a damaged one should not be found after minutes of tracing."""
+def _write_assets(request: ExportRequest, source: Source, folder: Path) -> Limits:
+    """Tokenizer and image rules, read back at once: a damaged one should not be found after minutes of tracing.
+
+    Returns the limits that hold: the request's, or the image processor's where that allows less.
+    """
     shutil.copyfile(source.asset(TOKENIZER), folder / TOKENIZER)
     Tokenizer(folder / TOKENIZER, Template())
     config = read_json(source.asset("preprocessor_config.json"))
-    write_image_rules(ImageRules.from_config(config, request.limits.image_tokens), folder / PROCESSOR)
+    rules = ImageRules.from_config(config, request.limits.image_tokens)
+    write_image_rules(rules, folder / PROCESSOR)
+    return replace(request.limits, image_tokens=rules.max_tokens)

@@ -120,6 +120,11 @@ def widen_for_cpu(model: ir.Model, narrow: ir.DataType) -> None:
         else:
             value.const_value = ir.tensor(value.const_value.numpy().astype("float32"), name=value.name)
             value.type = ir.TensorType(wide)
+    for node in tuple(graph):  # what was a cast between the two types
+        ends = (*node.inputs, *node.outputs)
+        if node.op_type == "Cast" and all(end.dtype == wide for end in ends) and not ends[1].is_graph_output():
+            ends[1].replace_all_uses_with(ends[0])
+            graph.remove(node, safe=True)
 
 
 def check_operators(model: ir.Model) -> None:

@@ -112,6 +112,18 @@ def test_failed_quantisation_leaves_neither_bundle(refused: Callable[..., str], 
     assert "vision.onnx" in sentence
 
 
+@pytest.mark.parametrize(("asked", "held"), [("4096", 1024), ("1024", 1024), ("100", 100)])
+def test_more_image_tokens_than_the_checkpoints_processor_makes_are_not_promised(
+    output: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, asked: str, held: int
+):
+    """The demo's preprocessor_config.json has max_pixels = 1024 * 28 * 28: engines built for more would never see it."""
+    monkeypatch.setattr(bundle_module, "write_graphs", lambda *_: None)  # slow, and not asked about here
+    command = ["--model", "demo", "--budget", "1,1", "--max-image-tokens", asked, "--no-parity", "-o", str(output)]
+    assert main(command) == 0
+    assert json.loads((output / "bundle.json").read_text())["limits"]["image_tokens"] == held
+    assert ("at most 1024 visual tokens, not 4096" in capsys.readouterr().err) == (asked == "4096")
+
+
 @pytest.mark.parametrize("limit", ["--max-image-tokens", "--max-text-tokens"])
 @pytest.mark.parametrize("value", ["0", "-1", "x", "1.5"])
 def test_a_limit_that_is_no_positive_number(refused: Callable[..., str], limit: str, value: str):

@@ -182,7 +182,7 @@ def test_an_output_that_exists(demo_bundle: Path, output: Path, capsys: pytest.C
     assert [path.name for path in output.parent.iterdir()] == ["out"]
 
 
-SLOW = ("trace_vision", "trace_language", "attach_weights", "check_operators", "save_graph")
+SLOW = ("trace_vision", "trace_language", "attach_weights", "check_operators", "attend_in_parts", "save_graph")
 STEPS = ("open_source", "convert_weights", "_write_assets", "place_weights", *SLOW, "write_manifest")
 
 

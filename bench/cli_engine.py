@@ -1,4 +1,4 @@
-"""``metaembed-bench engine``: latency of a bundle's TensorRT engines on this GPU, at every budget and side."""
+"""``metaembed-bench engine``: latency of a bundle's TensorRT engines on this GPU: every budget and side, and scoring."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from itertools import chain
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ import numpy as np
 
 from metaembed.runtime import layout
 from metaembed.runtime.errors import MetaEmbedError
-from metaembed.runtime.manifest import LANGUAGE, VISION, Bundle
+from metaembed.runtime.graph_maxsim import Scorer
+from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Bundle
+from metaembed.runtime.maxsim import maxsim
 from metaembed.runtime.session import Session
 from metaembed.runtime.session_trt import open_trt_sessions
 
 WARM_UP, RUNS = 5, 50
 TEXT_TOKENS = 32
+CANDIDATE_BYTES = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,16 +39,19 @@ def work(args: argparse.Namespace) -> int:
     sessions = open_trt_sessions(bundle, (VISION, LANGUAGE), cuda_graphs=args.cuda_graphs)
     if sessions is None:
         raise MetaEmbedError(f"there is no engine for a GPU here; on the device: metaembed-build {args.bundle}")
-    try:
-        for record in measure_engines(bundle, *sessions, batch=args.batch):
-            record |= {"cuda_graphs": args.cuda_graphs}
+    with ExitStack() as stack:
+        for session in sessions:
+            stack.callback(session.close)
+        scorer = stack.enter_context(Scorer.open(bundle))
+        encoded = measure_engines(bundle, *sessions, batch=args.batch)
+        measured = chain(
+            (record | {"cuda_graphs": args.cuda_graphs} for record in encoded), measure_scorer(bundle, scorer)
+        )
+        for record in measured:
             print(json.dumps(record))
             if args.output:
                 with args.output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
-    finally:
-        for session in sessions:
-            session.close()
     return 0
 
 
@@ -71,6 +79,35 @@ def measure_engines(
         tokens = int(feeds["token_ids"].shape[1])
         times = time_runs(lambda feeds=feeds: language.run(feeds)["embeddings"], runs)
         yield {"graph": LANGUAGE, "side": side, "vectors": vectors, "positions": tokens, **common, **times}
+
+
+def measure_scorer(
+    bundle: Bundle, scorer: Scorer, *, candidate_bytes: int = CANDIDATE_BYTES, runs: int = RUNS
+) -> Iterator[dict[str, Any]]:
+    """One query against as many candidates as fill ``candidate_bytes``, a record for each budget and place of theirs.
+
+    ``device``: they stay on the GPU, as ``Index.place`` keeps them; ``host``: they are copied over every time; ``cpu``:
+    MaxSim on the processor. ``gb_s`` is the candidates' bytes over the median, to hold against the memory's bandwidth.
+    """
+    dim, rng = bundle.manifest.geometry.dim, np.random.default_rng(0)
+    for budget in bundle.manifest.budgets:
+        items = max(1, candidate_bytes // (budget.candidate * dim * scorer.dtype.itemsize))
+        query = rng.standard_normal((1, budget.query, dim), np.float32)
+        values = rng.standard_normal((items, budget.candidate, dim), np.float32).astype(scorer.dtype)
+        placed = scorer.place(values.__getitem__, values.shape)
+        try:
+            ways = {
+                "device": lambda query=query, placed=placed: scorer.scores(query, placed),
+                "host": lambda query=query, values=values: scorer.scores(query, values),
+                "cpu": lambda query=query, values=values: maxsim(query, values),
+            }
+            for place, run in ways.items():
+                times = time_runs(run, runs)
+                rate = {"gb_s": round(values.nbytes / times["p50_ms"] / 1e6, 3)}
+                common = {"budget": str(budget), "items": items, "candidates": place, "runs_on": scorer.description}
+                yield {"graph": SCORER, "model": bundle.manifest.model, **common, "runs": runs, **times, **rate}
+        finally:
+            placed.free()
 
 
 def time_runs(run: Callable[[], object], runs: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from .budget import Budget
 from .errors import MetaEmbedError, UsageError
 from .index import Hit, Index, Part, Snapshot
+from .index_device import DeviceGroups
 from .index_filter import parse_filters
 from .index_segment import Rows
 from .maxsim import Floats, prepare, score_parts
@@ -128,13 +129,21 @@ def _score(
     """Score the living items of a pool (None: all), and keep what may be among the best, from every part."""
     queries = np.ascontiguousarray(queries)
     work = list(_choose(index, snapshot, queries, vectors, pool, keep))
-    found = score_parts(
-        queries, [(part.segment.groups(vectors), None if whole else rows) for part, rows, whole in work]
-    )
+    device = _device(index, vectors)
+    near = [
+        (part.segment.groups(vectors), None if whole else rows) for part, rows, whole in work if not (device and whole)
+    ]
+    found = iter(score_parts(queries, near))
+    scored = [device.scores(queries, part.segment) if device and whole else next(found) for part, _, whole in work]
     return [
         _contenders(part, rows, scores[0][rows] if whole else scores[0], keep)
-        for (part, rows, whole), scores in zip(work, found, strict=True)
+        for (part, rows, whole), scores in zip(work, scored, strict=True)
     ]
+
+
+def _device(index: Index, vectors: int) -> DeviceGroups | None:
+    """What scans so many vectors of every item on a GPU, where the index has that."""
+    return index.device if index.device and index.device.vectors == vectors else None
 
 
 def _choose(
@@ -164,7 +173,7 @@ def _screened(
 ) -> Rows | None:
     """Rows of a part that may be among its best `keep`, by the screen; None where there is none for so many vectors."""
     screen = part.segment.screen() if vectors == index.layout.ends[0] else None
-    if screen is None or keep >= alive.sum():
+    if screen is None or keep >= alive.sum() or _device(index, vectors):
         return None
     if len(damaged := part.segment.check_screen()):
         log.warning("scored without the screen: %s", part.segment.damage(damaged))

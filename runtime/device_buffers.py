@@ -61,11 +61,15 @@ class Buffer:
         self._gpu.copy_out(self._host, self.address, staged.nbytes, stream)
         return staged
 
-    def free(self) -> None:
-        self._free_device()
+    def unstage(self) -> None:
+        """Give the page-locked memory back; what was enqueued on it must be complete."""
         if self._host:
             self._gpu.free_host(self._host)
         self._host = self._host_size = 0
+
+    def free(self) -> None:
+        self._free_device()
+        self.unstage()
 
     def _free_device(self) -> None:
         if self.address:
@@ -76,8 +80,7 @@ class Buffer:
         """A view of the page-locked memory as an array of this shape."""
         size = max(1, int(np.prod(shape)) * dtype.itemsize)
         if size > self._host_size:
-            if self._host:
-                self._gpu.free_host(self._host)
+            self.unstage()
             self._host, self._host_size = self._gpu.allocate_host(size), size
         count = int(np.prod(shape))
         raw = memoryview((ctypes.c_ubyte * (count * dtype.itemsize)).from_address(self._host))
@@ -86,9 +89,10 @@ class Buffer:
 
 
 class DeviceArray:
-    """An output left on the GPU: hand it to another session as a feed, or ``np.asarray`` it to copy it out.
+    """An array on the GPU: hand it to a session as a feed, or ``np.asarray`` it to copy it out.
 
-    It names the producing session's buffer, so it is valid until that session runs again or is closed.
+    A session's output names that session's buffer, so it is valid until the session runs again or is closed. One that was
+    placed has a buffer of its own, until ``free``.
     """
 
     def __init__(self, gpu: Gpu, buffer: Buffer, shape: Shape, dtype: np.dtype[Any], stream: int) -> None:
@@ -102,7 +106,27 @@ class DeviceArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if self.address != self._buffer.address:
-            raise ValueError("this output is gone: its session has run again with larger inputs, or is closed")
+            raise ValueError(
+                "this array is gone: it was freed, or its session has run again with larger inputs or is closed"
+            )
         values = self._buffer.download(self.shape, self.dtype, self._stream)
         self._gpu.synchronise(self._stream)
         return values.astype(dtype or self.dtype, copy=True)
+
+    def free(self) -> None:
+        """Give its memory back, once; for placed arrays."""
+        self._buffer.free()
+
+
+def place(gpu: Gpu, values: NDArray[Any], stream: int) -> DeviceArray:
+    """Copy an array to the GPU, to stay there until it is freed."""
+    buffer = Buffer(gpu)
+    buffer.reserve(values.nbytes)
+    try:
+        buffer.upload(values, stream)
+        gpu.synchronise(stream)
+        buffer.unstage()
+    except BaseException:
+        buffer.free()
+        raise
+    return DeviceArray(gpu, buffer, values.shape, values.dtype, stream)

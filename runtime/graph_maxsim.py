@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UsageError
 from .manifest import SCORER, Bundle
-from .session import Session
+from .session import DeviceSession, Session
+
+if TYPE_CHECKING:
+    from .device_buffers import DeviceArray
 
 QUERIES, MEMORY_BYTES = 32, 1 << 28  # in one run; engines are cut to both
+QUERY_VECTORS = 16  # of a query, at most, for what is placed before queries are known
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Candidates (n, r_c, d) in a device's memory, in pieces that one run takes. Free them before their scorer."""
+
+    pieces: list[DeviceArray]
+    shape: tuple[int, int, int]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def free(self) -> None:
+        for piece in self.pieces:
+            piece.free()
+        self.pieces.clear()
 
 
 class Scorer:
@@ -43,10 +66,36 @@ class Scorer:
         return self._session.description
 
     def scores(
-        self, queries: NDArray[Any], candidates: NDArray[Any], *, memory_bytes: int = MEMORY_BYTES
+        self, queries: NDArray[Any], candidates: NDArray[Any] | Placed, *, memory_bytes: int = MEMORY_BYTES
     ) -> NDArray[np.float32]:
         """Scores (q, n) in float32 of queries (q, r_q, d) against candidates (n, r_c, d); higher is better."""
         return maxsim_by_graph(self._session, queries, candidates, memory_bytes=memory_bytes)
+
+    def place(self, read: Callable[[slice], NDArray[Any]], shape: tuple[int, int, int]) -> Placed:
+        """Copy candidates into the memory of the device that scores them, to be given to ``scores`` many times.
+
+        Args:
+            read: gives some of the candidates; they are copied piece by piece.
+            shape: of all of them, (n, r_c, d).
+
+        Raises:
+            UsageError: what scores here has no memory of its own.
+        """
+        if not isinstance(self._session, DeviceSession):
+            raise UsageError(
+                f"{self.description} reads candidates from host memory; only a TensorRT engine on a GPU keeps them"
+            )
+        items, r_c, dim = shape
+        step = _step(self._session, QUERIES, QUERY_VECTORS, r_c, dim, MEMORY_BYTES)
+        placed = Placed([], shape)
+        try:
+            for start in range(0, items, step):
+                piece = np.ascontiguousarray(read(slice(start, min(start + step, items))), self.dtype)
+                placed.pieces.append(self._session.place(piece))
+        except BaseException:
+            placed.free()
+            raise
+        return placed
 
     def close(self) -> None:
         self._session.close()
@@ -74,19 +123,33 @@ def chunk_size(memory_bytes: int, queries: int, r_q: int, r_c: int, dim: int, it
 
 
 def maxsim_by_graph(
-    session: Session, queries: NDArray[Any], candidates: NDArray[Any], *, memory_bytes: int = MEMORY_BYTES
+    session: Session,
+    queries: NDArray[Any],
+    candidates: NDArray[Any] | Placed,
+    *,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> NDArray[np.float32]:
     """Scores (q, n) in float32 of queries (q, r_q, d) against candidates (n, r_c, d), in the session's input type."""
     kind = session.inputs["candidates"]
-    (r_q, dim), r_c = queries.shape[1:], candidates.shape[1]
-    batch = min(len(queries), QUERIES)
-    chunk = chunk_size(memory_bytes, batch, r_q, r_c, dim, kind.itemsize) if batch else 1
-    chunk = min(chunk, session.max_items or chunk)
-    scores = np.empty((len(queries), len(candidates)), np.float32)
+    (r_q, dim), (items, r_c, _) = queries.shape[1:], candidates.shape
+    scores = np.empty((len(queries), items), np.float32)
     for first in range(0, len(queries), QUERIES):
-        rows = slice(first, first + QUERIES)
-        some = np.ascontiguousarray(queries[rows], kind)
-        for start in range(0, len(candidates), chunk):
-            part = np.ascontiguousarray(candidates[start : start + chunk], kind)
-            scores[rows, start : start + chunk] = session.run({"queries": some, "candidates": part})["scores"]
+        some = np.ascontiguousarray(queries[first : first + QUERIES], kind)
+        if isinstance(candidates, Placed):
+            pieces: Iterable[Any] = candidates.pieces
+        else:
+            pieces = _pieces(candidates, _step(session, len(some), r_q, r_c, dim, memory_bytes), kind)
+        start = 0
+        for piece in pieces:
+            columns = slice(start, start := start + piece.shape[0])
+            scores[first : first + QUERIES, columns] = session.run({"queries": some, "candidates": piece})["scores"]
     return scores
+
+
+def _pieces(candidates: NDArray[Any], step: int, kind: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+    return (np.ascontiguousarray(candidates[row : row + step], kind) for row in range(0, len(candidates), step))
+
+
+def _step(session: Session, queries: int, r_q: int, r_c: int, dim: int, memory_bytes: int) -> int:
+    step = chunk_size(memory_bytes, queries, r_q, r_c, dim, session.inputs["candidates"].itemsize)
+    return min(step, session.max_items or step)

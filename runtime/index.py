@@ -29,6 +29,8 @@ from .staging import staged_folder
 
 if TYPE_CHECKING:
     from .cascade import Stage
+    from .graph_maxsim import Scorer
+    from .index_device import DeviceGroups
     from .index_writer import IndexWriter
 
 SEGMENTS = "segments"
@@ -105,6 +107,7 @@ class Index:
         self.layout = Layout.from_json(json.loads(about["layout"]))
         self.fingerprint, self.bundle = about.get("fingerprint", ""), about.get("bundle", "")
         self._version, self._snapshot = -1, Snapshot(())
+        self.device: DeviceGroups | None = None
         self._sound: set[int] = set()  # segments whose rows in the catalogue were all read and found good
 
     @classmethod
@@ -169,7 +172,40 @@ class Index:
         self.close()
 
     def close(self) -> None:
+        if self.device:
+            self.device.keep(())
         self._catalogue.close()
+
+    def place(self, scorer: Scorer, vectors: int) -> int:
+        """Copy the first so many vectors of every item to the GPU that a scorer's engine runs on.
+
+        Stages that scan whole segments with that many candidate vectors are then scored there, the query rounded to the
+        scorer's type; all others on the CPU. Segments that appear later follow when they are first scanned. Close the index
+        before the scorer.
+
+        Returns:
+            bytes of device memory taken.
+
+        Raises:
+            UsageError: the scorer has no device, or the index not so many vectors. BundleError: some are damaged.
+            MetaEmbedError: the GPU's memory does not suffice; nothing stays on it.
+        """
+        from .index_device import DeviceGroups
+
+        self.layout.groups_of(vectors)
+        if self.device:
+            self.device.keep(())
+        self.device, device = None, DeviceGroups(scorer, vectors)
+        try:
+            for part in self.snapshot().parts:
+                if len(damaged := part.segment.check(vectors)) and not self.skip_damaged:
+                    raise part.segment.damage(damaged)
+                device.place(part.segment)
+        except BaseException:
+            device.keep(())
+            raise
+        self.device = device
+        return device.nbytes
 
     def writer(self) -> IndexWriter:
         """Open the index for writing; a context manager. UsageError while another process writes."""
@@ -207,6 +243,8 @@ class Index:
                 return self._snapshot
             try:
                 self._snapshot, self._version = self._load(rows), version
+                if self.device:
+                    self.device.keep({part.segment for part in self._snapshot.parts})
             except BundleError:
                 if self._catalogue.version() == version:
                     raise  # else a segment was compacted away between the two reads

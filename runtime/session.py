@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .device_buffers import DeviceArray
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -31,3 +34,11 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free memory; the session cannot run again."""
+
+
+@runtime_checkable
+class DeviceSession(Session, Protocol):
+    """A session with memory of its own, in which inputs can stay between runs."""
+
+    def place(self, values: NDArray[Any]) -> DeviceArray:
+        """A copy in the device's memory, to feed any number of times; whoever asked for it frees it."""

@@ -17,9 +17,10 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .cuda import find_gpu
-from .device_buffers import Gpu, Shape
+from .device_buffers import DeviceArray, Gpu, Shape, place
 from .engines import EngineSet, choose_engines, read_engine_sets, vouched_plan
 from .errors import BundleError, UsageError
 from .manifest import VISION, Bundle, FileRecord
@@ -176,6 +177,13 @@ class TrtSession:
         if self._keep:
             return outputs
         return engine.fetch(outputs)
+
+    def place(self, values: NDArray[Any]) -> DeviceArray:
+        """A copy on the GPU, to feed any number of times and to free before the session is closed."""
+        if not self._engines:
+            raise UsageError("this session is closed")
+        self._gpu.use()
+        return place(self._gpu, values, self._handle)
 
     def close(self) -> None:
         """Free engines, buffers and, with the last session, the stream."""

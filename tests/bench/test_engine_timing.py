@@ -1,10 +1,17 @@
 """The engine benchmark's mechanics, with ONNX Runtime behind the session protocol; no time is asserted."""
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
-from metaembed.bench.cli_engine import measure_engines, time_runs
-from metaembed.runtime.manifest import LANGUAGE, VISION, Bundle, Limits
+from metaembed.bench.cli_engine import measure_engines, measure_scorer, time_runs
+from metaembed.export.profiles import scorer_engine
+from metaembed.runtime.graph_maxsim import Scorer
+from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Bundle, Limits
 from metaembed.runtime.open_sessions import open_ort_sessions
+from metaembed.runtime.session_trt import SharedStream, TrtSession
+
+FAKE = Path(__file__).parents[1] / "runtime" / "fake_tensorrt.py"
 
 
 def test_each_side_and_size_is_measured_once(demo_bundle):
@@ -20,6 +27,25 @@ def test_each_side_and_size_is_measured_once(demo_bundle):
         *[("query", r, 32 + r) for r in (1, 2, 4, 8, 16)],
     ]
     assert all(0 < record["p50_ms"] <= record["p99_ms"] for record in records)
+
+
+def test_scoring_is_measured_for_every_budget_and_place_and_leaves_nothing_on_the_gpu(demo_bundle):
+    """On the stand-in GPU. By hand: 1 MiB of float32 vectors of 128 dims is 2,048 vectors."""
+    spec = importlib.util.spec_from_file_location("fake_tensorrt", FAKE)
+    fake = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fake)
+    bundle, gpu = Bundle.open(demo_bundle, verify=False), fake.FakeGpu()
+    profiles = scorer_engine(128, bundle.manifest.largest, queries=32, chunk=500).profiles
+    engine = fake.FakeEngine(gpu, bundle.path(SCORER), profiles)
+    with Scorer(TrtSession([engine], gpu=gpu, stream=SharedStream(gpu), label="fake")) as scorer:
+        records = list(measure_scorer(bundle, scorer, candidate_bytes=1 << 20, runs=1))
+    assert [(r["budget"], r["items"], r["candidates"]) for r in records] == [
+        (budget, items, place)
+        for budget, items in (("1,1", 2048), ("2,4", 512), ("4,8", 256), ("8,16", 128), ("16,64", 32))
+        for place in ("device", "host", "cpu")
+    ]
+    assert all(record["gb_s"] > 0 for record in records)
+    assert gpu.memory == {}
 
 
 def test_percentiles_come_from_runs_after_the_warm_up():

@@ -155,6 +155,8 @@ class FakeContext:
 
     def get_tensor_shape(self, name):
         shapes = self._shapes
+        if name == "scores":
+            return (shapes["queries"][0], shapes["candidates"][0])
         if name == "image_embeddings":
             return (shapes["patches"][0], shapes["patches"][1] * 16, 128)
         return (shapes["token_ids"][0], shapes["rows"][0], 128)

@@ -1,0 +1,59 @@
+"""The first vectors of an index's items in the memory of the GPU that scores them; the rest stays where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .graph_maxsim import Placed, Scorer
+from .index_segment import Segment
+from .maxsim import Floats, as_float32, not_finite
+
+
+class DeviceGroups:
+    """Scores whole segments at one number of vectors, from copies on a scorer's device.
+
+    The copies are contiguous prefixes in the scorer's type, each made when its segment is first scored.
+    """
+
+    def __init__(self, scorer: Scorer, vectors: int) -> None:
+        self.vectors = vectors
+        self._scorer = scorer
+        self._placed: dict[Segment, Placed] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that the copies take."""
+        return sum(placed.nbytes for placed in self._placed.values())
+
+    def place(self, segment: Segment) -> Placed:
+        """The copy of a segment, made if there is none. Check the segment first."""
+        if segment not in self._placed:
+            groups = segment.groups(self.vectors)
+
+            def read(rows: slice) -> NDArray[Any]:
+                return np.concatenate([as_float32(group, rows) for group in groups], axis=1)
+
+            shape = (segment.items, self.vectors, segment.layout.dims)
+            self._placed[segment] = self._scorer.place(read, shape)
+        return self._placed[segment]
+
+    def scores(self, queries: Floats, segment: Segment) -> Floats:
+        """Scores (q, n) of queries (q, r_q, d), rounded to the scorer's type, against all items of a segment.
+
+        Raises:
+            UsageError: a similarity is NaN or infinite.
+        """
+        scores = self._scorer.scores(queries, self.place(segment))
+        finite = np.isfinite(scores).all(axis=0)
+        if not finite.all():
+            raise not_finite(int(np.argmin(finite)))
+        return scores
+
+    def keep(self, segments: Container[Segment]) -> None:
+        """Free the copies of all other segments."""
+        for segment in [held for held in self._placed if held not in segments]:
+            self._placed.pop(segment).free()

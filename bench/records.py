@@ -62,12 +62,23 @@ def latest(records: Iterable[Record], *keys: str) -> list[Record]:
     return list({tuple(str(record.get(key)) for key in keys): record for record in records}.values())
 
 
+def of_kind(records: Iterable[Record], kind: str, *keys: str) -> list[Record]:
+    """The latest records of one kind, told apart by these fields."""
+    return latest((record for record in records if record["kind"] == kind), *keys)
+
+
 def by_kernels(records: Iterable[Record], kind: str, *keys: str) -> list[Record]:
     """The latest records of one kind for each sort of processor, told apart by these fields; ``kernels`` names the sort."""
-    named = [
-        {**record, "kernels": record["machine"].get("kernels", "")} for record in records if record["kind"] == kind
-    ]
-    return sorted(latest(named, "kernels", *keys), key=lambda record: record["kernels"])
+    named = ({**record, "kernels": record.get("machine", {}).get("kernels", "")} for record in records)
+    return sorted(of_kind(named, kind, "kernels", *keys), key=lambda record: record["kernels"])
+
+
+def group(records: Iterable[Record], *keys: str) -> dict[tuple[str, ...], list[Record]]:
+    """Records by the values of these fields, in the order of their first appearance."""
+    found: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        found.setdefault(tuple(str(record[key]) for key in keys), []).append(record)
+    return found
 
 
 @cache

@@ -12,8 +12,7 @@ from metaembed.runtime.known_models import KNOWN
 from metaembed.runtime.plan import make_plan
 from metaembed.runtime.plan_device import GIB
 
-from .records import Record
-from .report_plots import of_kind
+from .records import Record, of_kind
 from .table import Table
 
 CANDIDATES, LATENCY_MS = 1_000_000, 200.0

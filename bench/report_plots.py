@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from metaembed.runtime.parity import TOLERANCES
 
-from .records import Record, latest
+from .records import Record, group, of_kind
 from .report_theme import LIGHT, MARKERS, SERIES
 
 MILLION = 1_000_000
@@ -29,11 +29,6 @@ class Plot:
     title: str
     caption: str
     draw: Callable[[Sequence[Record]], Figure | None]
-
-
-def of_kind(records: Iterable[Record], kind: str, *keys: str) -> list[Record]:
-    """The latest records of one kind, told apart by these fields."""
-    return latest((record for record in records if record["kind"] == kind), *keys)
 
 
 def draw_quality(records: Sequence[Record]) -> Figure | None:
@@ -245,14 +240,6 @@ PLOTS = (
     Plot("sensitivity", "Quantisation sensitivity", "What each group of Linears costs when it alone is quantised.",
          draw_sensitivity),
 )  # fmt: skip
-
-
-def group(records: Iterable[Record], *keys: str) -> dict[tuple[str, ...], list[Record]]:
-    """Records by the values of these fields, in the order of their first appearance."""
-    found: dict[tuple[str, ...], list[Record]] = {}
-    for record in records:
-        found.setdefault(tuple(str(record[key]) for key in keys), []).append(record)
-    return found
 
 
 def _curve_with_interval(axes: Axes, curve: Sequence[Record], label: str, k: int) -> None:

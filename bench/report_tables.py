@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from metaembed.runtime.errors import UsageError
 
-from .records import Record, by_kernels
-from .report_plots import group, of_kind
+from .records import Record, by_kernels, group, of_kind
 from .table import Table, TableKind, to_markdown
 from .tables_cost import make_export_parity, make_exports
 from .tables_scoring import make_cascades, make_int8, make_scoring

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .records import Record
-from .report_plots import of_kind
+from .records import Record, of_kind
 from .table import Table
 
 

@@ -155,9 +155,14 @@ def _options(plan: Plan, device: Device, needs: Needs, curve: Mapping[str, float
         for index_type in INDEX_TYPES:
             for budget in budgets:
                 yield _one_stage(plan, device, needs, curve, model_type, index_type, budget)
-                for first in (first for first in FIRST_BUDGETS if first.candidate < budget.candidate):
+                for first in (first for first in FIRST_BUDGETS if _precedes(first, budget)):
                     for placement in ("device", "disk" if device.integrated else "host memory"):
                         yield _two_stages(plan, device, needs, curve, model_type, index_type, budget, first, placement)
+
+
+def _precedes(first: Budget, budget: Budget) -> bool:
+    """Whether a stage may come before a larger one: the query has its vectors, and it reads less of the index."""
+    return first.query <= budget.query and first.candidate < budget.candidate
 
 
 def _one_stage(

@@ -60,8 +60,9 @@ class _Scored:
     scores: Floats
 
 
-def default_cascade(items: int, largest: Budget) -> tuple[Stage, ...]:
-    """Stages that keep the ranking of `largest` in practice: everything up to 10,000 items, then (4,8) for a tenth.
+def default_cascade(items: int, largest: Budget, k: int = 10) -> tuple[Stage, ...]:
+    """Stages that keep the ranking of `largest` in practice: everything up to 10,000 items, then (4,8) for a tenth, and for
+    at least ten times the `k` results.
 
     Safe rather than fast: what (1,1) loses depends on the model, so a cascade that starts there is for those who have
     measured it (`metaembed-bench scoring`).
@@ -69,7 +70,7 @@ def default_cascade(items: int, largest: Budget) -> tuple[Stage, ...]:
     first = Budget(min(4, largest.query), min(8, largest.candidate))
     if items <= 10_000 or first == largest:
         return (Stage(largest),)
-    return (Stage(first, max(1000, items // 10)), Stage(largest))
+    return (Stage(first, max(1000, items // 10, 10 * k)), Stage(largest))
 
 
 def search_index(
@@ -98,7 +99,7 @@ def check_cascade(
     """The stages to run; a UsageError where one asks for more vectors than there are, or leaves fewer than k."""
     if cascade is not None and not cascade:
         raise UsageError("a cascade has at least one stage")
-    stages = tuple(cascade or default_cascade(items, Budget(query_vectors, candidate_vectors)))
+    stages = tuple(cascade or default_cascade(items, Budget(query_vectors, candidate_vectors), k))
     for number, stage in enumerate(stages, start=1):
         stage.budget.check_within(query_vectors, candidate_vectors)
         if number < len(stages) and stage.keep is None:
@@ -112,6 +113,8 @@ def _search(
     index: Index, snapshot: Snapshot, queries: Floats, k: int, stages: Sequence[Stage], where: Sequence[str]
 ) -> list[Hit] | None:
     pool = index.select(snapshot, *parse_filters(where)) if where else None
+    if where and pool is None:
+        return None
     scored: _Scored | None = None
     for stage in stages:
         keep = k if stage is stages[-1] else stage.keep or k
@@ -179,6 +182,8 @@ def _screened(
         log.warning("scored without the screen: %s", part.segment.damage(damaged))
         return None
     rows = may_be_best(queries[0], screen, np.flatnonzero(alive), keep)
+    if len(_damaged(index, part, vectors, rows)):
+        return None  # what was passed over for a damaged item may be among the best without it
     return rows if len(rows) <= WORTH_PICKING * part.segment.items else None
 
 

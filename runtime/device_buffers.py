@@ -105,16 +105,22 @@ class DeviceArray:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        if self.address != self._buffer.address:
-            raise ValueError(
-                "this array is gone: it was freed, or its session has run again with larger inputs or is closed"
-            )
+        self.check()
+        self._gpu.use()
         values = self._buffer.download(self.shape, self.dtype, self._stream)
         self._gpu.synchronise(self._stream)
         return values.astype(dtype or self.dtype, copy=True)
 
+    def check(self) -> None:
+        """A ValueError when its memory is no longer its own."""
+        if not self.address or self.address != self._buffer.address:
+            raise ValueError(
+                "this array is gone: it was freed, or its session has run again with larger inputs or is closed"
+            )
+
     def free(self) -> None:
-        """Give its memory back, once; for placed arrays."""
+        """Give its memory back, once; for placed arrays. On any thread."""
+        self._gpu.use()
         self._buffer.free()
 
 

@@ -172,9 +172,11 @@ class Index:
         self.close()
 
     def close(self) -> None:
-        if self.device:
-            self.device.keep(())
-        self._catalogue.close()
+        try:
+            if self.device:
+                self.device.keep(())
+        finally:
+            self._catalogue.close()
 
     def place(self, scorer: Scorer, vectors: int) -> int:
         """Copy the first so many vectors of every item to the GPU that a scorer's engine runs on.
@@ -256,12 +258,16 @@ class Index:
             found = self._catalogue.describe(places)
         return [found[place] for place in places] if len(found) == len(set(places)) else None
 
-    def select(self, snapshot: Snapshot, condition: str, values: Sequence[object]) -> Rows:
+    def select(self, snapshot: Snapshot, condition: str, values: Sequence[object]) -> Rows | None:
         """Positions of the rows whose payload satisfies a condition of `parse_filters`, dead ones included.
+
+        None when `compact` has removed some segment of the snapshot since.
 
         The first time that it needs a segment it reads all its rows (2 s per million), lest damage hide some of them.
         """
         with self._catalogue.reading():
+            if not {part.number for part in snapshot.parts} <= {row.number for row in self._catalogue.segments()}:
+                return None
             for part in snapshot.parts:
                 if self._verify and part.number not in self._sound:
                     self._catalogue.check_rows(part.number, part.segment.items)
@@ -276,7 +282,11 @@ class Index:
         """Read everything, and return one sentence for each thing that is damaged; empty for a sound index."""
         from .index_verify import find_damage
 
-        return find_damage(self.folder, self.layout, self._catalogue)
+        while True:
+            version = self._catalogue.version()
+            found = find_damage(self.folder, self.layout, self._catalogue)
+            if not found or self._catalogue.version() == version:
+                return found  # else another process committed meanwhile: files of one state, rows of another
 
     def _load(self, rows: Sequence[SegmentRow]) -> Snapshot:
         known = {part.number: part.segment for part in self._snapshot.parts}
@@ -294,10 +304,10 @@ class Index:
         return Snapshot(parts, damaged)
 
     def _open_segment(self, row: SegmentRow) -> Segment:
-        path = self.folder / SEGMENTS / Path(row.name).name
+        path = self.folder / SEGMENTS / row.name
         segment = Segment(path, self.layout, row.items, row.checksum, verify=self._verify)
         if self._hold:
-            segment.hold(self._hold)
+            segment.hold(self._hold, skip_damaged=self.skip_damaged)
         return segment
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +11,12 @@ from typing import Any
 
 from .encoder import Encoder
 from .errors import UsageError
-from .images import load_image
 from .index import Index
 from .index_layout import Layout
 from .index_writer import IndexWriter
+from .readable import encode_readable
 from .search import find_images
 
-log = logging.getLogger(__name__)
 BATCH = 64  # items encoded and made durable together: what a kill can cost
 
 
@@ -73,7 +71,10 @@ def read_data(path: Path) -> list[Item]:
 
 def _read_line(path: Path, number: int, line: bytes) -> Item:
     try:
-        data = json.loads(line)
+        data = json.loads(line, parse_constant=_refuse)
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{path} line {number} holds half a character (a lone surrogate)") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} line {number} is not JSON ({error})") from None
     if not isinstance(data, dict):
@@ -87,6 +88,10 @@ def _read_line(path: Path, number: int, line: bytes) -> Item:
     if not text and not image:
         raise UsageError(f"{path} line {number} has neither a text nor an image")
     return Item(str(id_), text or None, path.parent / image if image else None, data or None)
+
+
+def _refuse(constant: str) -> object:
+    raise ValueError(f"{constant} is no JSON value")
 
 
 def open_writer(
@@ -145,25 +150,15 @@ def build_index(
         batch = items[start : start + BATCH]
         known = set() if update else writer.known([item.id for item in batch])
         report.known += len(known)
-        batch = [item for item in batch if item.id not in known and _is_readable(item, report)]
+        batch = [item for item in batch if item.id not in known]
         if batch:
             began = time.perf_counter()
-            embeddings = encoder.encode_candidates(
-                [item.text for item in batch], images=[item.image for item in batch], budget=writer.layout.vectors
-            )
+            places, embeddings = encode_readable(encoder, [(x.text, x.image) for x in batch], writer.layout.vectors)
             report.encode_s += time.perf_counter() - began
+            report.unreadable += [item.id for place, item in enumerate(batch) if place not in places]
+            batch = [batch[place] for place in places]
+        if batch:
             writer.add([item.id for item in batch], embeddings, [item.payload for item in batch], replace=update)
             report.added += len(batch)
     writer.compact()
     return report
-
-
-def _is_readable(item: Item, report: IndexingReport) -> bool:
-    try:
-        if item.image is not None:
-            load_image(item.image)
-    except UsageError as error:
-        log.warning("left out: %s", error)
-        report.unreadable.append(item.id)
-        return False
-    return True

@@ -121,7 +121,9 @@ class Catalogue:
             rows = []
             for *fields, crc in self._db.execute("SELECT number, name, items, checksum, dead, crc FROM segments"):
                 self._expect(crc, *fields)
-                rows.append(SegmentRow(*fields))
+                rows.append(row := SegmentRow(*fields))
+                if row.name != Path(row.name).name or not row.name.endswith(".safetensors"):
+                    raise BundleError(f"{self.path} names a segment {row.name!r}, which is no file name; restore it")
             return rows
 
     def describe(self, places: Sequence[Place]) -> dict[Place, tuple[str, Any]]:

@@ -56,4 +56,5 @@ class DeviceGroups:
     def keep(self, segments: Container[Segment]) -> None:
         """Free the copies of all other segments."""
         for segment in [held for held in self._placed if held not in segments]:
-            self._placed.pop(segment).free()
+            self._placed[segment].free()
+            del self._placed[segment]

@@ -12,6 +12,9 @@ OPERATORS = {"=": "=", "!=": "<>", "<=": "<=", ">=": ">=", "<": "<", ">": ">"}
 _CONDITION = re.compile(r"\s*([\w-]+(?:\.[\w-]+)*)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", re.DOTALL)
 
 
+MOST = (1 << 63) - 1  # SQLite's largest integer; larger ones are compared as floats
+
+
 def parse_filters(texts: Iterable[str]) -> tuple[str, list[object]]:
     """Read conditions that must all hold into an SQL expression and its values.
 
@@ -35,7 +38,12 @@ def parse_filters(texts: Iterable[str]) -> tuple[str, list[object]]:
 
 def _value(text: str) -> object:
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = json.loads(text, parse_constant=str)  # NaN and the like are text: payloads hold no such numbers
+        text.encode(), str(value).encode()
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeEncodeError):
+            raise UsageError(f"filter value {text!r} holds half a character") from None
         return text
+    if isinstance(value, int) and abs(value) > MOST:
+        return float(value) if abs(value) < 10**308 else text
     return value if isinstance(value, (int, float, str)) else text

@@ -156,13 +156,13 @@ class Segment:
         """Rows whose screen does not match its checksum."""
         return self._check_group(len(self.layout.ends), None) if self.layout.screen else NO_ROWS
 
-    def hold(self, vectors: int) -> None:
+    def hold(self, vectors: int, *, skip_damaged: bool = False) -> None:
         """Copy the first `vectors` vectors of every item into memory: they stay there however scarce it gets.
 
         Raises:
-            BundleError: some of them are damaged.
+            BundleError: some of them are damaged, and not to be skipped by who reads them.
         """
-        if len(damaged := self.check(vectors)):
+        if len(damaged := self.check(vectors)) and not skip_damaged:
             raise self.damage(damaged)
         for group in range(self.layout.groups_of(vectors)):
             name = f"vectors.{self.layout.name(group)}"

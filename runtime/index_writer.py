@@ -68,7 +68,7 @@ class IndexWriter:
 
     def known(self, ids: Sequence[str]) -> set[str]:
         """Those of the ids that are in the index."""
-        return set(self._alive_places(ids))
+        return set(self._alive_places(_plain(ids)))
 
     def add(
         self,
@@ -89,7 +89,8 @@ class IndexWriter:
         Raises:
             UsageError: values that do not fit, a NaN, or an id that is given twice or already there. Nothing is kept.
         """
-        if isinstance(ids, str) or not all(isinstance(id_, str) and id_ for id_ in ids) or len(set(ids)) != len(ids):
+        ids = _plain(ids)
+        if not all(ids) or len(set(ids)) != len(ids):
             raise UsageError("ids are distinct texts, none of them empty")
         payloads = payloads if payloads is not None else [None] * len(ids)
         if not len(ids) == len(payloads) == len(embeddings):
@@ -111,6 +112,7 @@ class IndexWriter:
 
     def delete(self, ids: Sequence[str]) -> int:
         """Remove items and return how many there were; unknown ids are passed over. `compact` frees their space."""
+        ids = _plain(ids)
         with self._catalogue.writing():
             places = self._alive_places(ids)
             self._bury(places.values())
@@ -216,6 +218,16 @@ class IndexWriter:
         for path in (self.folder / SEGMENTS).iterdir():
             if path.name not in known and path.suffix in (".safetensors", ".partial"):
                 path.unlink()
+
+
+def _plain(ids: Sequence[str]) -> list[str]:
+    """Ids as plain texts, whatever kind of str they are (numpy's, an Enum's): the catalogue's checksums cover their form."""
+    try:
+        if isinstance(ids, str) or not all(isinstance(id_, str) for id_ in ids):
+            raise UsageError("ids are a list of texts")
+        return [str.__str__(id_).encode().decode() for id_ in ids]
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the id {error.object!r} holds half a character; ids are whole Unicode texts") from None
 
 
 def _payload_text(payload: Mapping[str, Any] | None) -> str | None:

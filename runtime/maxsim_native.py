@@ -129,7 +129,8 @@ def score(queries: NDArray[np.float32], parts: Sequence[Part]) -> list[NDArray[n
             )
             for held, rows, out, n in zip(structs, selections, scores, counts, strict=True)
         ]
-        _run(storage, list(zip(tasks, counts, strict=True)), packed.rows * queries.shape[2] * vectors)
+        arrays = packed, selections, scores, parts
+        _run(storage, list(zip(tasks, counts, strict=True)), packed.rows * queries.shape[2] * vectors, arrays)
     return scores
 
 
@@ -139,8 +140,12 @@ def _pack(queries: NDArray[np.float32], storage: int) -> Packed:
     return pack(queries, storage, kernels.metaembed_vector_width(), dots=bool(kernels.metaembed_dots() >> storage & 1))
 
 
-def _run(storage: int, tasks: Sequence[tuple[_Task, int]], work: int) -> None:
-    """Run tasks over their numbers of items, by ranges, on this thread and, where so many multiply-adds are worth it, others."""
+def _run(storage: int, tasks: Sequence[tuple[_Task, int]], work: int, arrays: object) -> None:
+    """Run tasks over their numbers of items, by ranges, on this thread and, where so many multiply-adds are worth it, others.
+
+    ``arrays`` own the memory that tasks name by address. Every thread holds them while it works: an interrupt ends this
+    function at any point, and the others first finish the ranges that they have begun.
+    """
     threads = min(thread_count(), -(-work // SMALL_TASK))
     shares = 1 if threads <= 1 else min(threads * SHARES_PER_THREAD, -(-work // SMALL_TASK))
     items = sum(count for _, count in tasks)
@@ -152,6 +157,7 @@ def _run(storage: int, tasks: Sequence[tuple[_Task, int]], work: int) -> None:
     def take() -> bool:
         """Work off ranges, each taking the next when it is done; True when one failed."""
         failed = False
+        _held = arrays
         while True:
             try:
                 task, first, last = ranges.popleft()
@@ -159,9 +165,13 @@ def _run(storage: int, tasks: Sequence[tuple[_Task, int]], work: int) -> None:
                 return failed
             failed |= bool(kernels.metaembed_maxsim(storage, ctypes.byref(task), first, last))
 
-    others = [_pool(threads).submit(take) for _ in range(threads - 1)]
-    failed = take()
-    if any([failed, *(other.result() for other in others if not other.cancel())]):
+    try:
+        others = [_pool(threads).submit(take) for _ in range(threads - 1)]
+        failed = take()
+        failed = any([failed, *(other.result() for other in others if not other.cancel())])
+    finally:
+        ranges.clear()
+    if failed:
         raise MemoryError("no memory for the work space of a MaxSim kernel")
 
 

@@ -149,11 +149,15 @@ def cost_inputs(geometry: Geometry, budget: Budget, max_image_tokens: int) -> tu
 
 
 def measure_padding(max_image_tokens: int) -> tuple[WindowPadding, ...]:
-    """Padding of the window layout for typical images, resized as the preprocessor does."""
-    rules = ImageRules(min_pixels=DEFAULT_SIZE["shortest_edge"], max_pixels=max_image_tokens * 28 * 28)
+    """Padding of the window layout for those typical images that the limit allows, resized as the preprocessor does."""
+    limit = max_image_tokens * 28 * 28
+    rules = ImageRules(min_pixels=min(DEFAULT_SIZE["shortest_edge"], limit), max_pixels=limit)
     found = []
     for name, (width, height) in TYPICAL_IMAGES.items():
-        resized = smart_resize(height, width, rules)
+        try:
+            resized = smart_resize(height, width, rules)
+        except UsageError:  # too thin for so few tokens
+            continue
         rows, columns = resized[0] // rules.patch_size, resized[1] // rules.patch_size
         ratio = count_windows((rows, columns)) * PATCHES / (rows * columns)
         found.append(WindowPadding(name, width, height, rows * columns // 4, ratio))

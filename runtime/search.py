@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from PIL import Image
 from .budget import Budget
 from .encoder import Encoder
 from .errors import UsageError
-from .images import load_image
 from .index import Hit
 from .maxsim import maxsim
+from .readable import encode_readable
 
-log = logging.getLogger(__name__)
 BATCH = 64
 
 
@@ -53,21 +51,12 @@ def rank_images(
     scores: list[float] = []
     kept: list[Path] = []
     for start in track(range(0, len(paths), BATCH)):
-        readable = [path for path in paths[start : start + BATCH] if _is_readable(path)]
-        if readable:
-            candidates = encoder.encode_candidates(images=readable, budget=budget)
+        some = paths[start : start + BATCH]
+        places, candidates = encode_readable(encoder, [(None, path) for path in some], budget)
+        if places:
             scores += maxsim(query, candidates)[0].tolist()
-            kept += readable
+            kept += [some[place] for place in places]
     if not kept:
         raise UsageError("none of the image files can be read")
     best = np.argsort(-np.array(scores), kind="stable")[:k]
     return [Hit(rank, str(kept[place]), scores[place]) for rank, place in enumerate(best, start=1)]
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        load_image(path)
-    except UsageError as error:
-        log.warning("left out: %s", error)
-        return False
-    return True

@@ -142,6 +142,7 @@ class EngineRunner:
         if value.dtype != self.inputs[name]:
             raise UsageError(f"{name} has type {value.dtype}, and the engine takes {self.inputs[name]}")
         if isinstance(value, DeviceArray):
+            value.check()
             return value.address
         buffer = self._buffers[name]
         buffer.reserve(value.nbytes)
@@ -160,20 +161,26 @@ class EngineRunner:
 
 
 class CapturedRuns:
-    """CUDA graphs of runs that repeat: the first run of a key is plain, the second is recorded, later ones replay."""
+    """CUDA graphs of runs that repeat: a key's first run is plain, and so is any that follows another key's; the next one of the
+    same key is recorded, later ones replay.
+
+    TensorRT updates the context at the first enqueue after a change of shapes, and a recording must not hold that.
+    """
 
     def __init__(self, gpu: Gpu, stream: int) -> None:
         self._gpu, self._stream = gpu, stream
-        self._seen: set[tuple[Any, ...]] = set()
+        self._last: tuple[Any, ...] = ()  # of the last run
         self._graphs: dict[tuple[Any, ...], int] = {}
 
     def run(self, key: tuple[Any, ...], enqueue: Callable[[], None]) -> None:
         """``key`` holds the shapes and every address: a graph remembers both."""
-        if key in self._graphs:
+        repeated, self._last = key == self._last, key
+        if not repeated:
+            enqueue()  # TensorRT prepares itself for other shapes here
+        elif key in self._graphs:
             self._gpu.launch(self._graphs[key], self._stream)
-        elif key not in self._seen or len(self._graphs) >= MOST_GRAPHS:
-            enqueue()  # TensorRT prepares itself for new shapes here, which must not be recorded
-            self._seen.add(key)
+        elif len(self._graphs) >= MOST_GRAPHS:
+            enqueue()
         else:
             self._gpu.begin_capture(self._stream)
             try:

@@ -1,0 +1,34 @@
+"""Encoding a corpus in which some inputs may be damaged: one of them never stops the rest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from .budget import Budget
+from .encoder import Encoder, Floats, ImageSource
+from .errors import UsageError
+
+log = logging.getLogger(__name__)
+
+
+def encode_readable(
+    encoder: Encoder, inputs: Sequence[tuple[str | None, ImageSource | None]], budget: Budget | int
+) -> tuple[list[int], Floats]:
+    """Embeddings (n, r_c, d) of those candidates that can be encoded, and their places among ``inputs``.
+
+    The others (no readable image, too long and thin, no text at all) are left out, each with a warning. They are looked for
+    one by one only when a batch fails.
+    """
+    try:
+        texts, images = zip(*inputs, strict=True)
+        return list(range(len(inputs))), encoder.encode_candidates(texts, images=images, budget=budget)
+    except UsageError as error:
+        if len(inputs) == 1:
+            log.warning("left out: %s", error)
+            return [], np.empty((0, 0, encoder.dim), np.float32)
+    alone = [encode_readable(encoder, [pair], budget) for pair in inputs]
+    kept = [place for place, (places, _) in enumerate(alone) if places]
+    return kept, np.concatenate([alone[place][1] for place in kept] or [alone[0][1]])

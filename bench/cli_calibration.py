@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from metaembed.runtime.command import natural
 from metaembed.runtime.errors import MetaEmbedError, UsageError
 from metaembed.runtime.manifest import Bundle
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--modelopt-python", type=Path, metavar="PYTHON", help="also quantise with NVIDIA ModelOpt: the Python of an "
         "environment of its own, with nvidia-modelopt[onnx]")  # fmt: skip
     add("--count", type=int, default=500, metavar="N", help="candidate pages of the test split (default: 500)")
-    add("--seed", type=int, default=0, help="seed of the test split (default: 0)")
+    add("--seed", type=natural, default=0, help="seed of the test split (default: 0)")
     add("--samples", type=int, default=128, metavar="N", help="calibration items of the other tools (default: 128)")
     add("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: one per core)")

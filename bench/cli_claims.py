@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from metaembed.runtime.command import natural
 from metaembed.runtime.errors import UsageError
 
 
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--queries", type=int, nargs=3, default=(500, 200, 200), metavar=("TEXT", "IMAGE", "BOTH"),
                         help="default: 500 200 200")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the test set (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the test set (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="add the records to this JSON lines file")
 

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from metaembed.runtime.command import natural
 from metaembed.runtime.errors import BundleError
 
 SHIPPED = Path(__file__).parents[1] / "export" / "demo"
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, default=SHIPPED, metavar="DIR", help="checkpoint folder (default: the demo's)"
     )
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, required=True, help="seed of the split")
+    parser.add_argument("--seed", type=natural, required=True, help="seed of the split")
     parser.add_argument("--count", type=int, default=2000, metavar="N", help="candidate pages (default: %(default)s)")
     parser.add_argument("--name", default="MMR", help="what the records call the model (default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="append the records to this JSONL file")

@@ -8,6 +8,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from metaembed.runtime.command import natural
 from metaembed.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--queries", type=int, nargs=3, default=(500, 200, 200), metavar=("TEXT", "IMAGE", "BOTH"),
                         help="queries of the demo's test set (default: 500 200 200)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the demo's test set (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the demo's test set (default: %(default)s)")
     parser.add_argument(
         "--against", type=Path, metavar="BUNDLE", help="print its nDCG@5 beside, for example that of the float bundle"
     )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of records (*.jsonl)")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of records (*.jsonl), or one file of them")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="DIR", help="where report.html and plots/ go (default: DIR)"
+        "-o", "--output", type=Path, metavar="DIR", help="where report.html and plots/ go (default: beside the records)"
     )
 
 
@@ -17,4 +17,5 @@ def work(args: argparse.Namespace) -> None:
     from .records import read_records
     from .report import write_report
 
-    print(write_report(read_records([args.folder]), args.output or args.folder))
+    folder = args.folder if args.folder.is_dir() else args.folder.parent
+    print(write_report(read_records([args.folder]), args.output or folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -154,13 +155,29 @@ def _find_qrels(folder: Path, split: str) -> Path:
 
 def _read_qrels(path: Path) -> list[tuple[str, str, float]]:
     """BEIR's three columns, or trec_eval's four, with or without a header."""
-    rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in _text(path).split("\n") if line.strip()]
+    rows = [line.rstrip("\r").split("\t" if "\t" in line else None) for line in lines]  # names may hold spaces
     if rows and rows[0][-1] == "score":
         rows = rows[1:]
     try:
-        return [(row[0], row[-2], float(row[-1])) for row in rows if _has_columns(row)]
+        return [(row[0], row[-2], _grade(row[-1])) for row in rows if _has_columns(row)]
     except ValueError as error:
         raise UsageError(f"{path} is no table of query-id, corpus-id and score ({error})") from None
+
+
+def _grade(text: str) -> float:
+    grade = float(text)
+    if not math.isfinite(grade):
+        raise ValueError(f"{text!r} is no grade")
+    return grade
+
+
+def _text(path: Path) -> str:
+    """A file's text in UTF-8, with or without a byte order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def _has_columns(row: list[str]) -> bool:
@@ -170,7 +187,7 @@ def _has_columns(row: list[str]) -> bool:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -183,5 +200,4 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_table(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        yield from csv.DictReader(file)
+    yield from csv.DictReader(_text(path).splitlines(keepends=True))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaembed.runtime.command import Parser, progress, run_command
+from metaembed.runtime.command import Parser, natural, progress, run_command
 from metaembed.runtime.errors import MetaEmbedError
 
 from .dataset import SAMPLES, CalibrationItem
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("-o", "--output", type=Path, required=True, help="folder of the quantised bundle")
     add("-f", "--force", action="store_true", help="replace an existing bundle")
     add("--samples", type=int, default=SAMPLES, metavar="N", help=f"inputs to draw from the data (default: {SAMPLES})")
-    add("--seed", type=int, default=0, metavar="N", help="which inputs are drawn (default: 0)")
+    add("--seed", type=natural, default=0, metavar="N", help="which inputs are drawn (default: 0)")
     add("--observer", choices=RANGES, default="max", help="how activation ranges are set (default: max)")
     add("--no-smoothing", action="store_true", help="do not move outliers from activations into weights first")
     add(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from metaembed.runtime.budget import parse_budgets
-from metaembed.runtime.command import Parser, byte_bar, progress, run_command
+from metaembed.runtime.command import Parser, byte_bar, natural, progress, run_command
 from metaembed.runtime.devices import DEVICES, find_device
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.golden import SIDES
@@ -44,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("-f", "--force", action="store_true", help="replace an existing bundle")
     add("--base", metavar="FOLDER", help="weights of the base model, for a known size or an adapter")
     add("--adapter", metavar="FOLDER", help="a PEFT LoRA adapter to merge")
-    add("--random-weights", type=int, metavar="SEED", help="made-up weights of the model's geometry, for a rehearsal")
+    add(
+        "--random-weights",
+        type=natural,
+        metavar="SEED",
+        help="made-up weights of the model's geometry, for a rehearsal",
+    )
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="type to compute in (default: fp32)")
     add("--opset", type=int, choices=OPSETS, default=DEFAULT_OPSET,
         help="20: primitive operators, for every TensorRT (default); 23: Attention and RMSNormalization")  # fmt: skip

@@ -110,7 +110,8 @@ def _delete(args: argparse.Namespace) -> int:
     from .index_writer import IndexWriter
 
     with IndexWriter(args.index) as writer:
-        missing = [id_ for id_ in args.ids if id_ not in writer.known(args.ids)]
+        known = writer.known(args.ids)
+        missing = [id_ for id_ in args.ids if id_ not in known]
         count = writer.delete(args.ids)
     if not args.quiet:
         print(f"{count} items deleted")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         hits, note = _rank_folder(args)
     if args.json:
-        print(json.dumps([_json(hit) for hit in hits], indent=2, ensure_ascii=False))
+        utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        print(json.dumps([_json(hit) for hit in hits], indent=2, ensure_ascii=not utf8))
         return 0
     print(f"{'rank':>4}  {'score':>8}  id")
     for hit in hits:

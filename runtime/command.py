@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import logging
 import os
 import sys
@@ -33,6 +34,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
 
 
+def natural(text: str) -> int:
+    """An argparse type: a whole number from 0 on, as seeds are."""
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+natural.__name__ = "number from 0 on"  # argparse prints it
+
+
 def run_command(
     parser: Parser, work: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None = None
 ) -> int:
@@ -41,6 +53,8 @@ def run_command(
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
     level = logging.DEBUG if args.verbose else logging.ERROR if args.quiet else logging.WARNING
     logging.getLogger("metaembed").setLevel(level)  # not the root: Pillow and torch would flood --verbose
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show is escaped, never a traceback
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return work(args) or EXIT_DONE
     except UsageError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -164,6 +165,14 @@ def smart_resize(height: int, width: int, rules: ImageRules) -> tuple[int, int]:
     return rows * rules.unit, columns * rules.unit
 
 
+@contextmanager
+def _no_warning() -> Iterator[None]:
+    """Pillow warns of images from 89 megapixels on, and refuses those of twice that; so do we, in a sentence."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
 def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     """Read a file (or take a PIL image) as upright 8-bit RGB, both sides at least 28 pixels.
 
@@ -182,7 +191,7 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     path = Path(source)
     if not path.is_file():
         raise UsageError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; an image file is needed")
-    with _one_sentence(str(path)), Image.open(path) as image:
+    with _one_sentence(str(path)), _no_warning(), Image.open(path) as image:
         if image.format == "EPS":  # Pillow would start Ghostscript on it
             raise UsageError(f"{path} is PostScript; convert it to PNG or JPEG first")
         return _stretch(_rgb_on_white(_upright(image)), str(path))

@@ -12,6 +12,7 @@ a segment that `compact` removed stays mapped, so a search that has begun ends o
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .index_device import DeviceGroups
     from .index_writer import IndexWriter
 
+log = logging.getLogger(__name__)
 SEGMENTS = "segments"
 
 
@@ -293,11 +295,14 @@ class Index:
         parts: list[Part] = []
         damaged: list[str] = []
         for row, alive in _in_shard(rows, *self._shard):
+            if not alive.any():  # nothing to read: whether the file is sound, or there, does not matter
+                continue
             try:
                 segment = known.get(row.number) or self._open_segment(row)
             except BundleError as error:
                 if not self.skip_damaged:
                     raise
+                log.warning("left out, with its %d items: %s", int(alive.sum()), error)
                 damaged.append(str(error))
                 continue
             parts.append(Part(row.number, segment, alive, parts[-1].end if parts else 0))

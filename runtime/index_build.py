@@ -108,8 +108,9 @@ def open_writer(
         raise UsageError(
             f"{vectors} vectors per item were asked for; this bundle gives 1 to {manifest.largest.candidate}"
         )
-    if not resume or not folder.exists():
-        if folder.exists():
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not resume or empty:
+        if not empty:
             raise UsageError(f"{folder} exists; give --resume to continue or extend it, or another folder with -o")
         ends = [budget.candidate for budget in encoder.budgets]
         layout = Layout.for_vectors(encoder.dim, vectors, storage, ends, screen=screen)
@@ -153,7 +154,9 @@ def build_index(
         batch = [item for item in batch if item.id not in known]
         if batch:
             began = time.perf_counter()
-            places, embeddings = encode_readable(encoder, [(x.text, x.image) for x in batch], writer.layout.vectors)
+            places, embeddings = encode_readable(
+                encoder, [(x.text, x.image) for x in batch], writer.layout.vectors, names=[x.id for x in batch]
+            )
             report.encode_s += time.perf_counter() - began
             report.unreadable += [item.id for place, item in enumerate(batch) if place not in places]
             batch = [batch[place] for place in places]

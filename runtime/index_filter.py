@@ -12,6 +12,7 @@ OPERATORS = {"=": "=", "!=": "<>", "<=": "<=", ">=": ">=", "<": "<", ">": ">"}
 _CONDITION = re.compile(r"\s*([\w-]+(?:\.[\w-]+)*)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", re.DOTALL)
 
 
+MOST_CONDITIONS = 100  # SQLite nests them, 1,000 deep at most
 MOST = (1 << 63) - 1  # SQLite's largest integer; larger ones are compared as floats
 
 
@@ -21,6 +22,9 @@ def parse_filters(texts: Iterable[str]) -> tuple[str, list[object]]:
     A value that reads as a JSON number, string, true or false is one, anything else is text: ``year>=2020``, ``lang=en``,
     ``code="007"``. Nested fields are written ``author.name``. A field that is absent satisfies no condition.
     """
+    texts = list(texts)
+    if len(texts) > MOST_CONDITIONS:
+        raise UsageError(f"{len(texts)} conditions were given; a search takes {MOST_CONDITIONS} at most")
     parts: list[str] = []
     values: list[object] = []
     for text in texts:
@@ -38,11 +42,12 @@ def parse_filters(texts: Iterable[str]) -> tuple[str, list[object]]:
 
 def _value(text: str) -> object:
     try:
+        text.encode()
         value = json.loads(text, parse_constant=str)  # NaN and the like are text: payloads hold no such numbers
-        text.encode(), str(value).encode()
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UnicodeEncodeError):
-            raise UsageError(f"filter value {text!r} holds half a character") from None
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"filter value {text!r} is not valid Unicode") from None
+    except (ValueError, RecursionError):
         return text
     if isinstance(value, int) and abs(value) > MOST:
         return float(value) if abs(value) < 10**308 else text

@@ -145,14 +145,15 @@ class IndexWriter:
 
     def _merge(self, batch: Sequence[SegmentRow]) -> None:
         folder = self.folder / SEGMENTS
-        segments = [Segment(folder / row.name, self.layout, row.items, row.checksum) for row in batch]
-        alive = [np.flatnonzero(row.alive) for row in batch]
+        living = [row for row in batch if row.alive.any()]  # of the others nothing is read, be it damaged or missing
+        segments = [Segment(folder / row.name, self.layout, row.items, row.checksum) for row in living]
+        alive = [np.flatnonzero(row.alive) for row in living]
         for segment, rows in zip(segments, alive, strict=True):
             if len(damaged := segment.check(self.layout.vectors, rows)):
                 raise segment.damage(damaged)
         items = [
             (id_, payload)
-            for row, keep in zip(batch, map(set, alive), strict=True)
+            for row, keep in zip(living, map(set, alive), strict=True)
             for place, id_, payload in self._catalogue.rows(row.number)
             if place in keep
         ]

@@ -176,6 +176,7 @@ class Bundle:
             BundleError: a file is missing, changed or truncated, or a path leaves the folder.
         """
         folder = Path(folder)
+        check_name(folder)
         path = folder / MANIFEST
         if not path.is_file():
             raise UsageError(f"{folder} holds no bundle ({MANIFEST} is missing); metaembed-export writes one")
@@ -273,6 +274,14 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
     part = folder / f".{MANIFEST}.{os.getpid()}.part"
     part.write_text(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(folder / MANIFEST)
+
+
+def check_name(folder: Path) -> None:
+    """A UsageError for a name that is not valid Unicode: neither ONNX Runtime nor JSON can express it."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"the name {str(folder)!r} is not valid Unicode; give the folder another") from None
 
 
 def cpu_graph(graph: str) -> str:

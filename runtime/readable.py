@@ -15,20 +15,24 @@ log = logging.getLogger(__name__)
 
 
 def encode_readable(
-    encoder: Encoder, inputs: Sequence[tuple[str | None, ImageSource | None]], budget: Budget | int
+    encoder: Encoder,
+    inputs: Sequence[tuple[str | None, ImageSource | None]],
+    budget: Budget | int,
+    *,
+    names: Sequence[str],
 ) -> tuple[list[int], Floats]:
     """Embeddings (n, r_c, d) of those candidates that can be encoded, and their places among ``inputs``.
 
-    The others (no readable image, too long and thin, no text at all) are left out, each with a warning. They are looked for
-    one by one only when a batch fails.
+    The others (no readable image, too long and thin, no text at all) are left out, each with a warning that has its name.
+    They are looked for one by one only when a batch fails.
     """
     try:
         texts, images = zip(*inputs, strict=True)
         return list(range(len(inputs))), encoder.encode_candidates(texts, images=images, budget=budget)
     except UsageError as error:
         if len(inputs) == 1:
-            log.warning("left out: %s", error)
+            log.warning("%s is left out: %s", names[0], error)
             return [], np.empty((0, 0, encoder.dim), np.float32)
-    alone = [encode_readable(encoder, [pair], budget) for pair in inputs]
+    alone = [encode_readable(encoder, [pair], budget, names=[name]) for pair, name in zip(inputs, names, strict=True)]
     kept = [place for place, (places, _) in enumerate(alone) if places]
     return kept, np.concatenate([alone[place][1] for place in kept] or [alone[0][1]])

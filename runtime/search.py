@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,44 @@ from .index import Hit
 from .maxsim import maxsim
 from .readable import encode_readable
 
+log = logging.getLogger(__name__)
 BATCH = 64
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Files of the folder and its subfolders with an image's suffix, sorted by path; a UsageError when there is none."""
+    """Files of the folder and its subfolders with an image's suffix, sorted by path; links to folders are not followed.
+
+    Raises:
+        UsageError: there is none, or a subfolder cannot be read.
+    """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; --images takes a folder of image files")
     Image.init()
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in Image.EXTENSION and path.is_file())
+    found = sorted(
+        Path(place) / name
+        for place, _, names in os.walk(folder, onerror=_refuse)
+        for name in names
+        if Path(name).suffix.lower() in Image.EXTENSION
+        and _is_text(Path(place) / name)
+        and (Path(place) / name).is_file()
+    )
     if not found:
         raise UsageError(f"{folder} holds no image files")
     return found
+
+
+def _refuse(error: OSError) -> None:
+    raise UsageError(f"{error.filename} cannot be read ({error.strerror}); nothing of it would be found") from error
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a name can be an id: one that is not valid in the file system's encoding is left out."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        log.warning("left out: %r: its name is not valid Unicode", str(path))
+        return False
+    return True
 
 
 def rank_images(
@@ -52,7 +80,9 @@ def rank_images(
     kept: list[Path] = []
     for start in track(range(0, len(paths), BATCH)):
         some = paths[start : start + BATCH]
-        places, candidates = encode_readable(encoder, [(None, path) for path in some], budget)
+        places, candidates = encode_readable(
+            encoder, [(None, path) for path in some], budget, names=list(map(str, some))
+        )
         if places:
             scores += maxsim(query, candidates)[0].tolist()
             kept += [some[place] for place in places]

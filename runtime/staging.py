@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.manifest import FORMAT, MANIFEST
+from metaembed.runtime.manifest import FORMAT, MANIFEST, check_name
 
 _in_use: set[Path] = set()  # this process's scratch folders: an output may be staged beside them
 
@@ -22,6 +22,7 @@ def check_output(output: Path, *, force: bool) -> None:
     Raises:
         UsageError: the sentence says why and what to do.
     """
+    check_name(output)
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UsageError(f"{output} exists and is not a folder; choose another output with -o")
     if not output.exists() or not any(output.iterdir()):

@@ -31,13 +31,9 @@ def find_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; --images takes a folder of image files")
     Image.init()
+    files = (Path(place, name) for place, _, names in os.walk(folder, onerror=_refuse) for name in names)
     found = sorted(
-        Path(place) / name
-        for place, _, names in os.walk(folder, onerror=_refuse)
-        for name in names
-        if Path(name).suffix.lower() in Image.EXTENSION
-        and _is_text(Path(place) / name)
-        and (Path(place) / name).is_file()
+        path for path in files if path.suffix.lower() in Image.EXTENSION and path.is_file() and _is_text(path)
     )
     if not found:
         raise UsageError(f"{folder} holds no image files")

@@ -46,6 +46,28 @@ def test_beir_folder_as_it_is(beir):
     assert dataset.unjudged == 1
 
 
+def test_names_with_spaces_and_byte_order_marks(tmp_path):
+    """``space.png`` is another page: a judgement of ``with space.png`` is not one of it."""
+    for name in ("with space.png", "space.png"):
+        _page(tmp_path / name)
+    _write(tmp_path / "queries.jsonl", {"_id": "1", "text": "x"})
+    path = tmp_path / "queries.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    (tmp_path / "qrels.tsv").write_text("1\twith space.png\t1\r\n", encoding="utf-8-sig")
+    dataset = load_dataset(tmp_path)
+    assert [dataset.candidates[place].id for place in dataset.relevant[0]] == ["with space.png"]
+
+
+@pytest.mark.parametrize("name", ["qrels.tsv", "queries.jsonl"])
+def test_files_that_are_not_utf_8(tmp_path, name):
+    _page(tmp_path / "a.png")
+    _write(tmp_path / "queries.jsonl", {"_id": "1", "text": "x"})
+    (tmp_path / "qrels.tsv").write_text("1\ta.png\t1\n")
+    (tmp_path / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match=f"{name} is not text in UTF-8"):
+        load_dataset(tmp_path)
+
+
 def test_images_and_queries_without_a_corpus(tmp_path):
     """Judgements name a page by its stem or its path."""
     for name in ("pages/p1.png", "pages/p2.png", "asked/q.png"):
@@ -82,6 +104,8 @@ def test_the_demo_set_is_read_from_disk_like_any_other():
         ("qrels/test.tsv", "q1\td9\t1\n", "d9"),
         ("qrels/test.tsv", "q1 d1\n", "columns"),
         ("qrels/test.tsv", "q1\td1\tmuch\n", "much"),
+        ("qrels/test.tsv", "q1\td1\tinf\n", "no grade"),
+        ("qrels/test.tsv", "q1\td1\tnan\n", "no grade"),
         ("qrels/test.tsv", "q1\td1\t0\n", "no query has a relevant candidate"),
         ("queries.jsonl", "{", "line 1 is not JSON"),
         ("queries.jsonl", "[]", "not an object"),

@@ -73,6 +73,7 @@ def test_a_folder_that_is_no_checkpoint(refused: Callable[..., str], tmp_path: P
         ("--model", "demo"),
         ("--budget", "8,16"),
         ("--model", "demo", "--budget", "8,16", "--precision", "int4"),
+        ("--model", "demo", "--budget", "8,16", "--random-weights=-1"),
         ("--x",),
     ],
     ids=" ".join,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -115,3 +116,15 @@ def test_a_damaged_curve_is_named(tmp_path):
     path.write_text('{"kind": "scoring"}\n')
     with pytest.raises(UsageError, match="no quality records"):
         read_curve(path)
+
+
+def test_a_first_stage_takes_no_more_query_vectors_than_the_model_has(orin):
+    """Of a model with two query vectors every advised cascade can be run: by hand, none may start with 4,8."""
+    geometry = replace(KNOWN["3b"].geometry, query_tokens=2)
+    budgets = [Budget(1, 1), Budget(2, 4), Budget(2, 64)]
+    curve = {str(budget): 0.5 + budget.candidate / 1000 for budget in budgets}
+    small = make_plan("3b", geometry, budgets, 1_000_000)
+    advice = advise(small, orin, Needs(latency_ms=10_000), curve)
+    assert advice.chosen.quality == curve["2,64"]
+    assert all(int(stage.split(",")[0]) <= 2 for stage in advice.chosen.cascade.split())
+    assert "4,8" not in describe_advice(small, advice, measured=True)

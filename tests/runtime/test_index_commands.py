@@ -14,8 +14,10 @@ from PIL import Image
 
 from metaembed.runtime import cli_index, cli_search
 from metaembed.runtime.encoder import Encoder
+from metaembed.runtime.errors import UsageError
 from metaembed.runtime.index import Index
 from metaembed.runtime.maxsim import maxsim_reference
+from metaembed.runtime.search import find_images
 
 TEXTS = ["a red star", "a blue anchor", "a green umbrella and a red star"]
 
@@ -149,6 +151,84 @@ def test_an_unreadable_image_is_named_and_the_rest_is_indexed(demo_bundle, data,
     command = [str(demo_bundle), "--data", str(tmp_path / "data"), "-o", str(tmp_path / "index")]
     assert cli_index.main(command) == 1
     assert "3 items added" in capsys.readouterr().out
+
+
+def test_one_bad_item_of_any_kind_is_named_and_the_rest_is_indexed(demo_bundle, data, tmp_path, capsys, caplog):
+    """A strip that the preprocessor refuses, a blank text, half a character, and a file that is no image."""
+    Image.new("RGB", (8000, 30)).save(tmp_path / "strip.png")
+    (tmp_path / "none.png").write_bytes(b"no picture")
+    bad = [
+        {"id": "strip", "image": "strip.png"},
+        {"id": "blank", "text": "  "},
+        {"id": "none", "image": "none.png"},
+    ]
+    lines = [bad[0], {"id": "a", "text": "a"}, *bad[1:], {"id": "b", "text": "b"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = [str(demo_bundle), "--data", str(tmp_path / "data.jsonl"), "-o", str(tmp_path / "index")]
+    assert cli_index.main(command) == 1
+    assert "2 items added" in capsys.readouterr().out
+    assert all(f"{item['id']} is left out" in caplog.text for item in bad)
+
+
+@pytest.mark.parametrize("line", ['{"id": "\\ud800", "text": "a"}', '{"id": "a", "text": "a", "n": NaN}'])
+def test_a_line_that_cannot_be_kept_is_refused_before_anything_is_encoded(demo_bundle, tmp_path, capsys, line):
+    (tmp_path / "data.jsonl").write_text(f'{{"id": "b", "text": "b"}}\n{line}\n')
+    command = (demo_bundle, "--data", tmp_path / "data.jsonl", "-o", tmp_path / "index")
+    assert "line 2" in refused(capsys, cli_index.main, *command)
+    assert not (tmp_path / "index").exists()
+
+
+def test_an_empty_folder_becomes_the_index(demo_bundle, data, tmp_path):
+    (tmp_path / "index").mkdir()
+    command = [str(demo_bundle), "--data", str(data), "-o", str(tmp_path / "index"), "--quiet"]
+    assert cli_index.main(command) == 0
+
+
+def test_a_file_whose_name_is_not_unicode_is_left_out_alone(demo_bundle, data, tmp_path, capsys, caplog):
+    shutil.copytree(data, tmp_path / "data")
+    os.rename(tmp_path / "data/0.png", os.fsencode(tmp_path / "data") + b"/\xff.png")
+    command = [str(demo_bundle), "--data", str(tmp_path / "data"), "-o", str(tmp_path / "index")]
+    assert cli_index.main(command) == 0
+    assert "3 items added" in capsys.readouterr().out
+    assert "not valid Unicode" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_stops_the_run(monkeypatch, tmp_path):
+    """Permissions do not stop root, so the refusal is the system's by proxy."""
+    (tmp_path / "shut").mkdir()
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UsageError, match="shut cannot be read"):
+        find_images(tmp_path)
+
+
+@pytest.mark.parametrize("flags", [["--json"], []])
+def test_results_print_where_the_terminal_knows_ascii_only(demo_bundle, tmp_path, flags):
+    lines = [{"id": "schön", "text": "a"}, {"id": "☂", "text": "b"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = [str(demo_bundle), "--data", str(tmp_path / "data.jsonl"), "-o", str(tmp_path / "index"), "--quiet"]
+    assert cli_index.main(command) == 0
+    code = "from metaembed.runtime.cli_search import main; raise SystemExit(main())"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    search = [sys.executable, "-c", code, tmp_path / "index", "a", *flags]
+    ended = subprocess.run(search, env=environment, capture_output=True, check=True)
+    if flags:
+        assert {hit["id"] for hit in json.loads(ended.stdout)} == {"schön", "☂"}
+    else:
+        assert b"sch\\xf6n" in ended.stdout
+
+
+def test_a_bundles_folder_has_a_name_in_unicode(demo_bundle, data, tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"b\xff")
+    shutil.copytree(demo_bundle, folder)
+    assert "not valid Unicode" in refused(capsys, cli_search.main, folder, "a", "--images", data)
 
 
 def test_another_models_bundle_is_refused(demo_bundle, index, tmp_path, capsys):

@@ -5,6 +5,7 @@ ids are the same and scores agree to float32's sums. What a real GPU's memory or
 """
 
 import importlib.util
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,40 @@ def test_what_was_added_and_compacted_since_is_scored_and_freed(folder, device, 
             writer.compact()
         assert_same(search(index, query), search(plain, query))
         assert index.device.nbytes == (300 - 100 - 1 + 1) * D * 4 < taken  # item007 was among the first hundred
+
+
+def test_every_thread_that_frees_or_reads_makes_the_gpu_its_own_first(folder, device, query, monkeypatch):
+    """CUDA's context belongs to a thread: without it, freeing fails with error 201 and the memory is lost."""
+    current = threading.local()
+    monkeypatch.setattr(device.gpu, "use", lambda: setattr(current, "here", True))
+    for name in ("free", "free_host", "allocate", "copy_in", "copy_out"):
+        real = getattr(device.gpu, name)
+
+        def checked(*args, real=real):
+            assert getattr(current, "here", False), "invalid device context (error 201)"
+            return real(*args)
+
+        monkeypatch.setattr(device.gpu, name, checked)
+    problems = []
+
+    def elsewhere(work):
+        def run():
+            try:
+                work()
+            except BaseException as error:
+                problems.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    index = Index.open(folder)
+    index.place(device.scorer, 1)
+    with Index.open(folder).writer() as writer:
+        writer.compact()
+    elsewhere(lambda: search(index, query))
+    elsewhere(index.close)
+    assert not problems
 
 
 def test_placing_again_and_closing_give_the_memory_back(folder, device):

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -185,6 +186,31 @@ def test_threads_give_the_scores_of_one_thread(monkeypatch):
     monkeypatch.setattr(maxsim_native, "thread_count", lambda: 3)
     monkeypatch.setattr(maxsim_native, "SMALL_TASK", 1)
     np.testing.assert_array_equal(maxsim_native.score(queries, [([candidates], None)])[0], expected)
+
+
+INTERRUPTED = """
+import os, signal, threading
+import numpy as np
+from metaembed.runtime import maxsim_native
+maxsim_native.thread_count = lambda: 2
+candidates = np.ones((60000, 16, 128), np.float32)
+queries = candidates[:64].copy()
+threading.Timer(0.15, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    for _ in range(50):
+        maxsim_native.score(queries, [([candidates], None)])
+except KeyboardInterrupt:
+    del queries
+    fill = [np.zeros(1 << 20) for _ in range(50)]  # what was freed is used again
+    maxsim_native.score(candidates[:1].copy(), [([candidates], None)])
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_while_other_threads_score_frees_nothing_that_they_use():
+    """Found in review: the main thread left, its arrays with it, and the others wrote on: a segmentation fault."""
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "interrupted\n"), ended.stderr
 
 
 @pytest.mark.usefixtures("kernels")

@@ -245,6 +245,13 @@ def test_mistakes_are_one_sentence_and_exit_2(capsys, arguments, word):
     assert not captured.out
 
 
+@pytest.mark.parametrize("tokens", ["1", "3", "10"])
+def test_limits_below_the_typical_images_leave_those_out(capsys, tokens):
+    """By hand: 1,600 x 100 pixels keep their aspect ratio in no fewer than 12 tokens."""
+    assert main(["--model", "7b", "--max-image-tokens", tokens]) == 0
+    assert "1600 x 100" not in capsys.readouterr().out
+
+
 def test_command_prints_the_published_numbers(capsys):
     assert main(["--model", "7b"]) == 0
     printed = capsys.readouterr().out

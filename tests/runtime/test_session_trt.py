@@ -165,6 +165,31 @@ def test_repeated_shapes_are_recorded_once_and_replayed(bundle, reference):
     assert gpu.memory == {}
 
 
+def test_nothing_is_recorded_or_replayed_right_after_another_shape(bundle):
+    """TensorRT updates its context at the first enqueue of a shape, and a recording must not hold that: it comes plain again."""
+    gpu = fake.FakeGpu()
+    (vision, _) = plan_engines(Sizes.of(bundle.manifest), bundle.manifest.budgets)
+    engine = fake.FakeEngine(gpu, bundle.path(VISION), vision.profiles)
+    session = TrtSession([engine], gpu=gpu, stream=SharedStream(gpu), label="fake", cuda_graphs=True)
+    launched = []
+    for windows in (3, 2, 3, 2, 2, 2, 3, 2, 2):  # the largest first, so that no buffer moves later
+        before = gpu.calls.count("launch")
+        feeds = patches(windows, 1, windows)
+        expected = engine.session.run(None, feeds)[0]
+        np.testing.assert_array_equal(session.run(feeds)["image_embeddings"], expected)
+        launched.append(gpu.calls.count("launch") - before)
+    assert launched == [0, 0, 0, 0, 1, 1, 0, 0, 1]
+    session.close()
+    assert gpu.memory == {}
+
+
+def test_a_freed_array_is_no_input(rig):
+    placed = rig.vision.place(patches(0, 1, 2)["patches"])
+    placed.free()
+    with pytest.raises(ValueError, match="gone"):
+        rig.vision.run({**patches(0, 1, 2), "patches": placed})
+
+
 def test_a_shape_outside_every_profile_is_one_sentence_with_the_way_out(rig):
     with pytest.raises(UsageError, match="at most 8 items at once.*--max-batch"):
         rig.vision.run(patches(0, 9, 1))

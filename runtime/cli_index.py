@@ -12,7 +12,8 @@ from .command import EXIT_FAILED, Parser, progress, run_command
 EPILOG = """DATA is a folder of images, or a JSONL file: one object a line with "id", "text" and "image" (a path relative to
 the file; one of the two is enough); other fields are kept, returned by searches and can be filtered by.
 
-A run that was killed continues with --resume: what it had stored is kept and not encoded again.
+A run that was killed continues with --resume: what it had stored is kept and not encoded again. Items that cannot be read are
+named and left out, and the command then exits with 1.
 
 examples:
   metaembed-index out --data pages -o pages.index
@@ -33,20 +34,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("bundle", type=Path, help="a folder that metaembed-export wrote, or: info, verify, delete, compact")
     add("--data", type=Path, required=True, metavar="DIR|FILE.jsonl", help="what to index")
     add("-o", "--output", type=Path, required=True, metavar="INDEX", help="the folder to write")
-    add("--budget", type=int, metavar="R_C", help="vectors per item (default: the largest in the bundle)")
+    add(
+        "--budget",
+        type=int,
+        metavar="R_C",
+        help="vectors per item (default: the index's, or of a new one the largest in the bundle)",
+    )
     add(
         "--storage",
         choices=("bf16", "int8"),
-        default="bf16",
-        help="of a new index; int8 halves the size (default: %(default)s)",
+        help="of a new index: bf16 (default), or int8 at half the size",
     )
     add(
         "--screen",
         action="store_true",
-        help="of a new index: the first vectors in int8 too, for a faster, still exact first stage",
+        help="of a new bf16 index: the first vectors in int8 too, for a faster, still exact first stage",
     )
     add("--resume", action="store_true", help="continue or extend an index; known ids are passed over")
-    add("--update", action="store_true", help="with --resume: encode known ids anew and replace them")
+    add("--update", action="store_true", help="as --resume, but known ids are encoded anew and replaced")
     parser.add_common()
     return run_command(parser, _build, argv)
 
@@ -87,7 +92,7 @@ def _info(args: argparse.Namespace) -> int:
 
     with Index.open(args.index) as index:
         snapshot, layout = index.snapshot(), index.layout
-        held = sum(part.segment.items for part in snapshot.parts)
+        held = index.stored_items()
         print(f"{len(snapshot)} items in {len(snapshot.parts)} segments, {held - len(snapshot)} deleted")
         print(f"{layout.vectors} vectors of {layout.dims} dims ({layout.storage}), groups end at {layout.ends}")
         print(f"{held * layout.item_bytes / 2**30:.3f} GiB of vectors; made with {index.bundle}")

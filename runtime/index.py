@@ -253,6 +253,10 @@ class Index:
                 if self._catalogue.version() == version:
                     raise  # else a segment was compacted away between the two reads
 
+    def stored_items(self) -> int:
+        """Items that take space on the disk, deleted ones included."""
+        return sum(row.items for row in self._catalogue.segments())
+
     def describe(self, snapshot: Snapshot, positions: Rows) -> list[tuple[str, Any]] | None:
         """Id and payload of every position; None when `compact` has removed some of them since the snapshot."""
         places = snapshot.places(positions)

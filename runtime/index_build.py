@@ -95,36 +95,45 @@ def _refuse(constant: str) -> object:
 
 
 def open_writer(
-    encoder: Encoder, folder: Path, *, resume: bool, storage: str, screen: bool, vectors: int | None
+    encoder: Encoder, folder: Path, *, resume: bool, storage: str | None, screen: bool, vectors: int | None
 ) -> IndexWriter:
-    """Create an index for an encoder, or open one that the same model began.
+    """Create an index for an encoder, or open one that the same model began; what is None is the index's own.
 
     Raises:
-        UsageError: the folder exists and `resume` is false, or another model or shape filled it.
+        UsageError: the folder exists and `resume` is false, or another model or layout filled it.
     """
-    manifest = encoder.bundle.manifest
-    vectors = manifest.largest.candidate if vectors is None else vectors
-    if not 1 <= vectors <= manifest.largest.candidate:
-        raise UsageError(
-            f"{vectors} vectors per item were asked for; this bundle gives 1 to {manifest.largest.candidate}"
-        )
+    largest = encoder.bundle.manifest.largest.candidate
+    if vectors is not None and not 1 <= vectors <= largest:
+        raise UsageError(f"{vectors} vectors per item were asked for; this bundle gives 1 to {largest}")
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not resume or empty:
         if not empty:
             raise UsageError(f"{folder} exists; give --resume to continue or extend it, or another folder with -o")
         ends = [budget.candidate for budget in encoder.budgets]
-        layout = Layout.for_vectors(encoder.dim, vectors, storage, ends, screen=screen)
+        layout = Layout.for_vectors(encoder.dim, vectors or largest, storage or "bf16", ends, screen=screen)
         bundle = str(Path(encoder.bundle.folder).absolute())
         Index.create(folder, layout, fingerprint=encoder.fingerprint, bundle=bundle)
     writer = IndexWriter(folder)
     try:
         check_model(encoder, writer.about.get("fingerprint", ""), folder)
-        if vectors != writer.layout.vectors:
-            raise UsageError(f"{folder} stores {writer.layout.vectors} vectors per item, not {vectors}; see --budget")
+        _check_layout(writer.layout, folder, storage=storage, screen=screen, vectors=vectors, largest=largest)
     except BaseException:
         writer.close()
         raise
     return writer
+
+
+def _check_layout(
+    layout: Layout, folder: Path, *, storage: str | None, screen: bool, vectors: int | None, largest: int
+) -> None:
+    if layout.vectors != (vectors or layout.vectors):
+        raise UsageError(f"{folder} stores {layout.vectors} vectors per item, not {vectors}; see --budget")
+    if layout.vectors > largest:
+        raise UsageError(f"{folder} stores {layout.vectors} vectors per item; this bundle gives 1 to {largest}")
+    if layout.storage != (storage or layout.storage):
+        raise UsageError(f"{folder} stores {layout.storage}; --storage {storage} is for a new index")
+    if screen and not layout.screen:
+        raise UsageError(f"{folder} was made without a screen; --screen is for a new index")
 
 
 def check_model(encoder: Encoder, fingerprint: str, folder: Path) -> None:

@@ -103,7 +103,9 @@ def test_resume_adds_what_is_new_and_update_replaces(demo_bundle, data, tmp_path
     scores = [{hit["id"]: hit["score"] for hit in hits} for hits in (before, after)]
     assert scores[0]["a"] == scores[1]["a"]
     assert scores[0]["b"] != scores[1]["b"]
-    assert "stores 4 vectors per item, not 64" in refused(capsys, cli_index.main, *command[:5], "--resume")
+    assert "stores 4 vectors per item, not 8" in refused(
+        capsys, cli_index.main, *command[:5], "--resume", "--budget", 8
+    )
 
 
 def test_info_verify_delete_compact(demo_bundle, index, tmp_path, capsys):
@@ -176,6 +178,19 @@ def test_a_line_that_cannot_be_kept_is_refused_before_anything_is_encoded(demo_b
     command = (demo_bundle, "--data", tmp_path / "data.jsonl", "-o", tmp_path / "index")
     assert "line 2" in refused(capsys, cli_index.main, *command)
     assert not (tmp_path / "index").exists()
+
+
+def test_an_index_is_continued_as_it_was_made(demo_bundle, data, tmp_path, capsys):
+    """Without a word about its layout; words that contradict it are refused."""
+    command = [str(demo_bundle), "--data", str(data / "data.jsonl"), "-o", str(tmp_path / "index"), "--quiet"]
+    assert cli_index.main([*command, "--budget", "4", "--storage", "int8"]) == 0
+    assert cli_index.main([*command, "--resume"]) == 0
+    for words, sentence in (
+        (["--budget", "8"], "stores 4 vectors"),
+        (["--storage", "bf16"], "stores int8"),
+        (["--screen"], "without a screen"),
+    ):
+        assert sentence in refused(capsys, cli_index.main, *command, "--resume", *words)
 
 
 def test_an_empty_folder_becomes_the_index(demo_bundle, data, tmp_path):

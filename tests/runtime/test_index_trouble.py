@@ -7,7 +7,7 @@ import sqlite3
 import numpy as np
 import pytest
 
-from metaembed.runtime import index_verify
+from metaembed.runtime import cli_index, index_verify
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.cascade import Stage
 from metaembed.runtime.errors import BundleError, UsageError
@@ -133,6 +133,17 @@ def test_a_missing_segment_of_which_nothing_is_alive_stops_nothing(tmp_path):
         assert len(index.search(unit(9, 2, D), 50)) == 20
         assert number not in {part.number for part in index.snapshot().parts}
         assert index.verify() == []
+
+
+def test_info_counts_what_is_deleted_until_it_is_compacted(tmp_path, capsys):
+    """By hand: two segments of one item, one of them deleted whole."""
+    folder = filled(tmp_path / "index", segments=2, items=1)
+    assert cli_index.main(["delete", str(folder), "0-0", "--quiet"]) == 0
+    for deleted in (1, 0):
+        capsys.readouterr()
+        assert cli_index.main(["info", str(folder)]) == 0
+        assert f"1 items in 1 segments, {deleted} deleted" in capsys.readouterr().out
+        compact(folder)
 
 
 class Colour(str, enum.Enum):

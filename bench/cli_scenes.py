@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from metaembed.runtime.command import natural
 from metaembed.runtime.errors import UsageError
 
 from .scenes import SPLITS
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--varied", type=float, default=0.25, help="share of pages of varied size (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=natural, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("-f", "--force", action="store_true", help="replace DIR")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from metaembed.runtime.command import natural
 from metaembed.runtime.errors import UsageError
 
 
@@ -17,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="trained groups: all (MMR, default), or for example 16,64 (the twin without MMR)",
     )
     parser.add_argument("--steps", type=int, help="steps of stage 2 (default: 1800)")
-    parser.add_argument("--seed", type=natural, default=0, help="seed of weights and data (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
 

@@ -193,6 +193,7 @@ import os, signal, threading
 import numpy as np
 from metaembed.runtime import maxsim_native
 maxsim_native.thread_count = lambda: 2
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would inherit that it is ignored
 candidates = np.ones((60000, 16, 128), np.float32)
 queries = candidates[:64].copy()
 threading.Timer(0.15, lambda: os.kill(os.getpid(), signal.SIGINT)).start()

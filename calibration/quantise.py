@@ -33,6 +33,7 @@ from .workshop import Workshop
 log = logging.getLogger(__name__)
 RECIPE, WORK = "recipe.json", "work"
 MIN_SHARE = 0.9
+SAID = 3  # failures that a message names
 TOOLS = ("metaembed-export", "onnx", "onnx-ir", "onnxruntime")
 Report = Callable[[str], object]
 Progress = Callable[[Any, str], Iterable[Any]]
@@ -225,9 +226,12 @@ def _final_check(folder: Path, recipe: Recipe, nearest: Path, threads: int, prog
         check = check_bundle(encoder, progress=lambda work: progress(work, "replaying"))
     if not check:
         recipe.save(nearest)
+        failures = check.failures()
+        more = f"; and {len(failures) - SAID} more" if len(failures) > SAID else ""
         raise ParityError(
-            f"the {recipe.type} bundle fails its own check and was not written: {'; '.join(check.failures())}. Its recipe "
-            f"is {nearest}: set more of its costliest groups to quantised: false and give it to metaembed-calibrate with --recipe"
+            f"the {recipe.type} bundle fails its own check and was not written: {'; '.join(failures[:SAID])}{more}. More inputs, "
+            f"more like what users bring, may help (--data, --samples); or take its recipe, {nearest}, set more of its costliest "
+            "groups to quantised: false and give it to metaembed-calibrate with --recipe"
         )
     return check
 

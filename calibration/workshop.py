@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from metaembed.runtime.encoder import Encoder
+from metaembed.runtime.errors import BundleError
 from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Bundle, cpu_graph
 from metaembed.runtime.weights import place_file
 
@@ -27,9 +28,12 @@ class Workshop:
     """Builds the graphs of recipes in ``folder``, whose ``work`` subfolder holds what they share.
 
     Attributes:
-        groups: the groups of Linears of the deployed graphs, in running order.
         runnable: for the vision and the language graph, the one that ONNX Runtime's CPU provider can run: the float32
             twin where there is one.
+        groups: the groups of Linears of the runnable graphs, in running order. The deployed graphs have the same.
+
+    Raises:
+        BundleError: a graph and its twin hold different groups, so that a recipe for one would not fit the other.
     """
 
     def __init__(self, bundle: Bundle, folder: Path, form: Format, threads: int = 0) -> None:
@@ -37,8 +41,11 @@ class Workshop:
         files = bundle.manifest.files
         self.names = [name for name in files if name.endswith(".onnx") and name != SCORER]
         self.runnable = {name: cpu_graph(name) if cpu_graph(name) in files else name for name in (VISION, LANGUAGE)}
-        self.groups = find_groups({name: self.load(name) for name in (VISION, LANGUAGE)})
-        self._kind = self.groups[0].kind
+        self.groups = find_groups(self.runnable_graphs())
+        deployed = find_groups({name: self.load(name) for name in self.runnable})
+        if [group.name for group in deployed] != [group.name for group in self.groups]:
+            raise BundleError(f"the graphs of {bundle.folder} and their float32 twins do not hold the same Linears")
+        self._kind = deployed[0].kind
         self._weights: tuple[Sequence[Smoothing], Weights] | None = None
         self._sessions: dict[str, tuple[object, ExactSession | RememberingSession]] = {}
         (folder / SOURCES).mkdir(parents=True)

@@ -8,17 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file
 
 from metaembed.calibration.cli import main
 from metaembed.calibration.dataset import CalibrationSet
+from metaembed.calibration.linears import find_linears
 from metaembed.calibration.quantise import Quantised, Request, quantise_bundle
 from metaembed.calibration.recipe import Recipe
+from metaembed.export.cli import main as export
 from metaembed.runtime.cli_check import main as check
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.errors import BundleError, ParityError, UsageError
-from metaembed.runtime.manifest import Bundle, write_manifest
+from metaembed.runtime.manifest import Bundle, cpu_graph, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,15 @@ def int8(
 ) -> tuple[Path, Quantised]:
     folder = tmp_path_factory.mktemp("int8") / "bundle"
     return folder, quantise_bundle(small_bundle, Request(type="int8", data=calibration_set, threads=1), folder)
+
+
+@pytest.fixture(scope="module")
+def bf16_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo in bf16, which every GPU deployment quantises, at one budget. Nothing here is judged by Hugging Face."""
+    folder = tmp_path_factory.mktemp("bf16") / "bundle"
+    arguments = ["--model", "demo", "--precision", "bf16", "--budget", "4,8", "--no-parity", "--quiet"]
+    assert export([*arguments, "-o", str(folder)]) == 0
+    return folder
 
 
 def test_an_int8_bundle_passes_its_own_check(int8, capsys):
@@ -44,6 +56,48 @@ def test_the_manifest_says_what_was_quantised_and_on_which_data(int8, small_bund
     assert quantization["share_of_linear_multiplies"] == pytest.approx(done.recipe.share)
     assert quantization["calibration"]["sha256"] == calibration_set.sha256
     assert quantization["source_fingerprint"] == Bundle.open(small_bundle).manifest.fingerprint
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_a_bf16_bundle_is_quantised_and_its_float32_twins_keep_the_ranking(
+    bf16_bundle, calibration_set, tmp_path, form
+):
+    """The deployed graphs and the twins that ranges are observed on do not name their tensors alike. Expected: the float
+    bundle's own embeddings; everything is quantised, which costs more than the tolerance of a searched recipe."""
+    quantise_bundle(
+        bf16_bundle, Request(type=form, data=calibration_set, judge=False, threads=1), tmp_path / "quantised"
+    )
+    texts = ["a red umbrella", "a green star and a blue anchor", "Which page is it?"]
+    with Encoder.open(tmp_path / "quantised", threads=1) as found, Encoder.open(bf16_bundle, threads=1) as wanted:
+        for side in ("encode_queries", "encode_candidates"):
+            cosines = (getattr(found, side)(texts) * getattr(wanted, side)(texts)).sum(-1)
+            assert cosines.min() > 0.95
+            assert cosines.min() < 0.99999  # something was rounded
+    for name in ("vision.onnx", "language.onnx"):
+        types = [
+            value.dtype.name
+            for value in ir.load(tmp_path / "quantised" / name).graph.initializers.values()
+            if value.name.endswith("weight_scale")
+        ]
+        assert types
+        assert set(types) == {"BFLOAT16"}
+
+
+def test_twins_that_hold_other_linears_are_refused(bf16_bundle, calibration_set, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(bf16_bundle, folder)
+    manifest = Bundle.open(folder).manifest
+    twin = folder / cpu_graph("language.onnx")
+    model = ir.load(twin)
+    linear = next(find_linears(model))
+    same = ir.node("Identity", [linear.matmul.inputs[1]])
+    model.graph.insert_before(linear.matmul, same)
+    linear.matmul.replace_input_with(1, same.outputs[0])
+    ir.save(model, twin)
+    write_manifest(folder, manifest)
+    with pytest.raises(BundleError, match="twins do not hold the same Linears"):
+        quantise_bundle(folder, Request(type="int8", data=calibration_set, judge=False), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_are_a_quarter_of_fp32_and_no_float_copy_travels_along(int8, small_bundle):
@@ -83,8 +137,6 @@ def test_a_smaller_budget_is_a_prefix_of_a_larger_one_in_int8_too(int8):
 
 def test_integer_kernels_give_what_the_exact_simulation_gives(int8):
     """ONNX Runtime's integer products against Q/DQ computed in floating point, without fusing anything."""
-    import onnx_ir as ir
-
     from metaembed.calibration.sessions import ExactSession
 
     folder, _ = int8

@@ -35,20 +35,24 @@ INLINE vf NAME(high)(const char *chunk, int h, const int tight) {
     return NAME(widen)(chunk + h * WIDTH + CHUNK / 2);
 }
 
-/* Few rows: lanes are dims. sums[c][m] += products of query vector m and candidate c, lane by lane. */
-INLINE void NAME(few_tile)(const float *query, const char *const *candidates, int64_t chunks, vf *sums,
-                           int64_t rows, int fresh, int64_t ahead, const int tall, const int wide) {
+/* Few rows: lanes are dims. sums[c][m] += products of query vector m and candidate c, lane by lane. Each of the tiles that
+ * read the same candidates, `pass` of `passes`, asks for its share of the lines to come: memory is then never idle. */
+INLINE void NAME(few_tile)(const float *query, const char *const *candidates, int64_t chunks, vf *sums, int64_t rows,
+                           int fresh, int64_t ahead, int64_t pass, int64_t passes, const int tall, const int wide) {
     const char *candidate[FEW_WIDE];
     vf sum[FEW_WIDE * FEW_TALL], part[FEW_WIDE];
+    int64_t turn = pass; /* chunks until it is this pass's turn */
     for (int c = 0; c < wide; c++) {
         candidate[c] = candidates[c];
         for (int m = 0; m < tall; m++) sum[c * tall + m] = fresh ? (vf){0} : sums[c * rows + m];
     }
     for (int64_t k = 0; k < chunks; k++, query += tall * CHUNK) {
-        if (ahead) /* a line of each between steps: all at once would hold up the products */
+        if (ahead && turn-- == 0) { /* a line of each between steps: all at once would hold up the products */
             for (int c = 0; c < wide; c++)
                 for (int line = 0; line < MAX(CHUNK * BYTES / LINE, 1); line++)
                     __builtin_prefetch(candidate[c] + k * CHUNK * BYTES + line * LINE + ahead, 0, 2);
+            turn = passes - 1;
+        }
         for (int h = 0; h < CHUNK / 2 / WIDTH; h++) {
             for (int c = 0; c < wide; c++) part[c] = NAME(low)(candidate[c] + k * CHUNK * BYTES, h);
             for (int m = 0; m < tall; m++) {
@@ -69,11 +73,13 @@ INLINE void NAME(few_tile)(const float *query, const char *const *candidates, in
 }
 
 INLINE void NAME(few_tiles)(const float *query, const char *const *candidates, int count, int64_t chunks, vf *sums,
-                            int64_t rows, int fresh, int64_t ahead, const int tall, const int wide) {
+                            int64_t rows, int fresh, int64_t ahead, int64_t pass, int64_t passes, const int tall,
+                            const int wide) {
     int c = 0;
     for (; c + wide <= count; c += wide)
-        NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, ahead, tall, wide);
-    for (; c < count; c++) NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, ahead, tall, 1);
+        NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, ahead, pass, passes, tall, wide);
+    for (; c < count; c++)
+        NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, ahead, pass, passes, tall, 1);
 }
 
 static void NAME(few)(const Space *space, const float *query, int64_t query_stride, const char *const *candidates,
@@ -84,37 +90,52 @@ static void NAME(few)(const Space *space, const float *query, int64_t query_stri
         for (int c = 0; c < count; c++)
             for (int64_t k = 0; k < chunks * CHUNK * BYTES; k += LINE) __builtin_prefetch(candidates[c] + k, 0, 2);
     if (rows == 1)
-        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, ahead, 1, 6);
+        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, ahead, 0, 1, 1, 6);
     else if (rows == 2)
-        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, ahead, 2, 3);
+        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, ahead, 0, 1, 2, 3);
     else
         for (int64_t m = 0; m < rows; m += FEW_TALL, query += query_stride)
-            NAME(few_tiles)(query, candidates, count, chunks, sums + m, rows, fresh, m ? 0 : ahead, FEW_TALL, 3);
+            NAME(few_tiles)(query, candidates, count, chunks, sums + m, rows, fresh, ahead, m / FEW_TALL, rows / FEW_TALL,
+                            FEW_TALL, 3);
 }
 
-/* Many rows: lanes are query vectors. sums[c][m] += query[m][k] * candidate[c][k] over some dims k. */
+/* Many rows: lanes are query vectors. sums[c][m] += query[m][k] * candidate[c][k] over some dims k. What will be read next is
+ * asked for between the products: a burst of requests would fill the line buffers and hold up everything behind it. */
 INLINE void NAME(many_tile)(const float *query, int64_t query_stride, float (*candidates)[BLOCK_CHUNKS * CHUNK],
-                            int64_t dims, vf *sums, int64_t sums_stride, int fresh, const int tall, const int wide) {
+                            const char *const *codes, int64_t chunks, vf *sums, int64_t sums_stride, int fresh,
+                            int64_t ahead, const int tall, const int wide) {
+    enum { SLOTS = 16 }; /* at least MANY_SUMS, the most candidates of a tile */
     vf sum[MANY_SUMS], q[2];
     for (int c = 0; c < wide; c++)
         for (int m = 0; m < tall; m++) sum[c * tall + m] = fresh ? (vf){0} : sums[c * sums_stride + m];
-    for (int64_t k = 0; k < dims; k++) {
-        for (int m = 0; m < tall; m++) q[m] = *(const vf *)(query + m * query_stride + k * WIDTH);
-        for (int c = 0; c < wide; c++)
-            for (int m = 0; m < tall; m++) sum[c * tall + m] += q[m] * candidates[c][k];
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        UNROLL for (int slot = 0; slot < SLOTS; slot++) {
+            if (slot < wide && ahead)
+                for (int line = 0; line < MAX(CHUNK * BYTES / LINE, 1); line++)
+                    __builtin_prefetch(codes[slot] + chunk * CHUNK * BYTES + line * LINE + ahead, 0, 2);
+            UNROLL for (int d = 0; d < CHUNK / SLOTS; d++) {
+                const int64_t k = chunk * CHUNK + slot * (CHUNK / SLOTS) + d;
+                for (int m = 0; m < tall; m++) q[m] = *(const vf *)(query + m * query_stride + k * WIDTH);
+                for (int c = 0; c < wide; c++)
+                    for (int m = 0; m < tall; m++) sum[c * tall + m] += q[m] * candidates[c][k];
+            }
+        }
     }
     for (int c = 0; c < wide; c++)
         for (int m = 0; m < tall; m++) sums[c * sums_stride + m] = sum[c * tall + m];
 }
 
 INLINE void NAME(many_tiles)(const float *query, int64_t query_stride, float (*candidates)[BLOCK_CHUNKS * CHUNK],
-                             int count, int64_t dims, vf *sums, int64_t stride, int fresh, const int tall) {
+                             const char *const *codes, int count, int64_t chunks, vf *sums, int64_t stride, int fresh,
+                             int64_t ahead, const int tall) {
     const int wide = MANY_SUMS / tall;
     int c = 0;
     for (; c + wide <= count; c += wide)
-        NAME(many_tile)(query, query_stride, candidates + c, dims, sums + c * stride, stride, fresh, tall, wide);
+        NAME(many_tile)(query, query_stride, candidates + c, codes + c, chunks, sums + c * stride, stride, fresh, ahead, tall,
+                        wide);
     for (; c < count; c++)
-        NAME(many_tile)(query, query_stride, candidates + c, dims, sums + c * stride, stride, fresh, tall, 1);
+        NAME(many_tile)(query, query_stride, candidates + c, codes + c, chunks, sums + c * stride, stride, fresh, ahead, tall,
+                        1);
 }
 
 static void NAME(many)(const Space *space, const float *query, int64_t query_stride, const char *const *candidates,
@@ -122,18 +143,16 @@ static void NAME(many)(const Space *space, const float *query, int64_t query_str
     float expanded[FLAT][BLOCK_CHUNKS * CHUNK] __attribute__((aligned(64)));
     const int64_t stride = space->rows / WIDTH;
     for (int c = 0; c < count; c++)
-        for (int64_t k = 0; k < chunks; k++) {
-            __builtin_prefetch(candidates[c] + k * CHUNK * BYTES + ahead, 0, 2);
+        for (int64_t k = 0; k < chunks; k++)
             for (int h = 0; h < CHUNK / 2 / WIDTH; h++) {
                 *(vf *)&expanded[c][k * CHUNK + h * WIDTH] = NAME(low)(candidates[c] + k * CHUNK * BYTES, h);
                 *(vf *)&expanded[c][k * CHUNK + h * WIDTH + CHUNK / 2] = NAME(high)(candidates[c] + k * CHUNK * BYTES, h, 0);
             }
-        }
-    for (int64_t m = 0; m < stride; m += 2, query += 2 * query_stride)
+    for (int64_t m = 0; m < stride; m += 2, query += 2 * query_stride, ahead = 0)
         if (m + 1 < stride)
-            NAME(many_tiles)(query, query_stride, expanded, count, chunks * CHUNK, space->sums + m, stride, fresh, 2);
+            NAME(many_tiles)(query, query_stride, expanded, candidates, count, chunks, space->sums + m, stride, fresh, ahead, 2);
         else
-            NAME(many_tiles)(query, query_stride, expanded, count, chunks * CHUNK, space->sums + m, stride, fresh, 1);
+            NAME(many_tiles)(query, query_stride, expanded, candidates, count, chunks, space->sums + m, stride, fresh, ahead, 1);
 }
 
 /* Adds the products of all rows with up to FLAT candidates over some chunks; `ahead`: bytes to where to prefetch. */

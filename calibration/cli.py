@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaembed.runtime.command import Parser, natural, progress, run_command
-from metaembed.runtime.errors import MetaEmbedError
+from metaembed.runtime.errors import MetaEmbedError, UsageError
 
 from .dataset import SAMPLES, CalibrationItem
 
@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--recipe", type=Path, metavar="FILE", help="quantise as an earlier recipe.json says, instead of from data")
     add("-o", "--output", type=Path, required=True, help="folder of the quantised bundle")
     add("-f", "--force", action="store_true", help="replace an existing bundle")
-    add("--samples", type=int, default=SAMPLES, metavar="N", help=f"inputs to draw from the data (default: {SAMPLES})")
-    add("--seed", type=natural, default=0, metavar="N", help="which inputs are drawn (default: 0)")
-    add("--observer", choices=RANGES, default="max", help="how activation ranges are set (default: max)")
+    add("--samples", type=int, metavar="N", help=f"inputs to draw from the data (default: {SAMPLES})")
+    add("--seed", type=natural, metavar="N", help="which inputs are drawn (default: 0)")
+    add("--observer", choices=RANGES, help="how activation ranges are set (default: max)")
     add("--no-smoothing", action="store_true", help="do not move outliers from activations into weights first")
     add(
         "--min-share",
@@ -67,16 +67,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     from metaembed.runtime.manifest import Bundle
 
+    from_data = {"samples": args.samples, "seed": args.seed, "observer": args.observer}
+    from_data = {name: value for name, value in from_data.items() if value is not None}
+    if args.no_smoothing:
+        from_data["smooth"] = False
+    if args.recipe is not None and from_data:
+        flags = ", ".join("--no-smoothing" if name == "smooth" else f"--{name}" for name in from_data)
+        raise UsageError(
+            f"{flags} would say how ranges are found, and with --recipe they are in the file: leave one out"
+        )
     limits = Bundle.open(args.bundle, verify=False).manifest.limits
     request = make_request(
         args.quantize,
         args.data,
         text_tokens=limits.text_tokens,
-        samples=args.samples,
-        seed=args.seed,
         recipe=args.recipe,
-        observer=args.observer,
-        smooth=not args.no_smoothing,
+        **from_data,
         min_share=args.min_share,
         judge=not args.no_judge,
     )

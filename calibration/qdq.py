@@ -99,7 +99,10 @@ def _add_remainder(graph: ir.Graph, linear: Linear, scale: Array, weights: Weigh
     rest = ir.node("Sub", [linear.input, again], name=f"{name}/remainder")
     _describe(rest, f"{name}/remainder/exact", again.dtype, linear.input.shape)
     graph.insert_before(matmul, rest)
-    small = np.asarray(scale * form.remainder, scale.dtype)
+    assert form.remainder is not None, f"{form.name} has no second step"
+    small = np.asarray(
+        np.asarray(scale * form.remainder, kind), scale.dtype
+    )  # the twin's is the deployed graph's, widened
     rounded = _round_input(graph, linear, rest.outputs[0], small, form, "remainder")
     weight = _round_weight(graph, linear, weights, kind, "/remainder", matmul)
     first = matmul.inputs[1].producer()

@@ -109,6 +109,8 @@ def quantise_bundle(
         recipe, verdict = _settle(workshop, request, report, progress)
         nearest = output.with_name(f"{output.name}.{RECIPE}")
         if recipe.share < request.min_share:
+            if request.recipe is not None:
+                raise ParityError(_too_little_asked(recipe, request))
             recipe.save(nearest)
             raise ParityError(_too_little(recipe, request, nearest))
         report("writing the quantised bundle")
@@ -132,6 +134,7 @@ def _check_source(bundle: Bundle, request: Request) -> None:
 def _settle(workshop: Workshop, request: Request, report: Report, progress: Progress) -> tuple[Recipe, Verdict | None]:
     if request.recipe is not None:
         request.recipe.check_fits([group.name for group in workshop.groups])
+        smoothing.check_fits(request.recipe.smoothings, workshop.groups)
         return request.recipe, None
     assert request.data is not None
     recipe = draft_recipe(workshop, request, report, progress)
@@ -144,6 +147,7 @@ def _settle(workshop: Workshop, request: Request, report: Report, progress: Prog
     found = sensitivity.search(
         recipe,
         lambda attempt: judge.judge(workshop.encoder(attempt)),
+        min_share=request.min_share,
         progress=lambda names: progress(names, "sensitivity"),
     )
     return found.recipe, found.verdict
@@ -239,10 +243,20 @@ def _final_check(folder: Path, recipe: Recipe, nearest: Path, threads: int, prog
 def _too_little(recipe: Recipe, request: Request, nearest: Path) -> str:
     high = recipe.high
     some = ", ".join(high[:3]) + (f" and {len(high) - 3} more" if len(high) > 3 else "")
-    floor = int(recipe.share * 1000) / 1000
     return (
         f"{recipe.type} holds its tolerance only with {len(high)} of {len(recipe.groups)} groups kept high ({some}), which "
-        f"leaves {recipe.share:.1%} of the Linears' work quantised, below {request.min_share:.0%}. The nearest recipe that "
+        f"leaves {recipe.share:.1%} of the Linears' work quantised, below {request.min_share:.1%}. The nearest recipe that "
         f"passes is {nearest}: to accept it, metaembed-calibrate BUNDLE --quantize {recipe.type} --recipe {nearest} "
-        f"--min-share {floor}"
+        f"--min-share {_floor(recipe.share)}"
     )
+
+
+def _too_little_asked(recipe: Recipe, request: Request) -> str:
+    return (
+        f"the recipe keeps {len(recipe.high)} of {len(recipe.groups)} groups high, which leaves {recipe.share:.1%} of the Linears' "
+        f"work quantised, below {request.min_share:.1%}; --min-share {_floor(recipe.share)} accepts it"
+    )
+
+
+def _floor(share: float) -> float:
+    return int(share * 1000) / 1000

@@ -15,6 +15,7 @@ from .formats import FORMATS
 from .smoothing import Smoothing
 
 FORMAT, VERSION = "metaembed-recipe", 1
+LARGEST_AMAX = 1e30  # its scale is finite in bf16 and float32
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,27 @@ class Recipe:
     def _check(self) -> None:
         if self.type not in FORMATS:
             raise ValueError(f"type {self.type!r} is not one of {', '.join(FORMATS)}")
+        if not isinstance(self.calibration, Mapping):
+            raise ValueError(f"calibration is {self.calibration!r}, not an object")
+        names = [group.name for group in self.groups]
         for group in self.groups:
-            if not (isinstance(group.amax, (int, float)) and math.isfinite(group.amax) and group.amax >= 0):
+            if not isinstance(group.name, str) or names.count(group.name) > 1:
+                raise ValueError(f"the name {group.name!r} is no text, or two groups have it")
+            if not _is_between(group.amax, LARGEST_AMAX):
                 raise ValueError(f"amax of {group.name} is {group.amax!r}")
+            if not _is_between(group.share, 1):
+                raise ValueError(f"share of {group.name} is {group.share!r}, not a number from 0 to 1")
             if not isinstance(group.quantised, bool):
                 raise ValueError(f"quantised of {group.name} is {group.quantised!r}, not true or false")
             if not isinstance(group.twice, bool):
                 raise ValueError(f"twice of {group.name} is {group.twice!r}, not true or false")
+            if group.twice and FORMATS[self.type].remainder is None:
+                raise ValueError(f"twice of {group.name} is true, and {self.type} is not quantised in two steps")
         for smoothing in self.smoothings:
             if not all(type(exponent) is int and abs(exponent) <= 64 for exponent in smoothing.exponents):
                 raise ValueError(f"exponents of {smoothing.source} are not whole numbers")
+
+
+def _is_between(value: object, largest: float) -> bool:
+    """Whether it is a number from 0 to ``largest``; true, false and NaN are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= largest

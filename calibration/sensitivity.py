@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .formats import FORMATS
 from .judge import Verdict
 from .recipe import Recipe
 
@@ -25,32 +26,40 @@ class Found:
     trials: int
 
 
-def search(recipe: Recipe, judge: Try, *, progress: Progress = iter) -> Found:
+def search(recipe: Recipe, judge: Try, *, min_share: float = 1.0, progress: Progress = iter) -> Found:
     """Quantise as much as the tolerance allows, with a margin if one can be had: the final check sees other inputs.
 
     Everything is tried first; only when that leaves no margin is each group measured alone. Then, in the order of their cost
-    per share of the work, groups are quantised in two steps, as few as give the margin, up to EXTRA more products; where
-    even that does not hold the tolerance, groups are kept high, as few as hold it. Numbers of groups are found by
-    bisection: exact where more care never hurts, which is verified for the answer itself.
+    per share of the work, groups are quantised in two steps (INT8 only), as few as give the margin, up to EXTRA more
+    products. Where that gives none, groups are kept high, as few as give it, while ``min_share`` of the work stays quantised.
+    Where there is no margin to be had, the tolerance is enough, and as few are kept high as hold it. Numbers of groups are
+    found by bisection: exact where more care never hurts, which is verified for the answer itself.
     """
     names = [group.name for group in recipe.groups]
     everything = recipe.quantising(names).quantising_twice(())
     verdict = judge(everything)
-    if verdict.has_margin(MARGIN):
+    if _with_margin(verdict):
         return Found(everything, verdict, 1)
     costs = {name: judge(recipe.quantising([name]).quantising_twice(())).loss for name in progress(names)}
     everything = everything.with_costs(costs)
     order = by_cost(everything)
     ladder = Ladder(judge, trials=1 + len(names))
-    steps = [everything.quantising_twice(order[:count]) for count in range(len(order) + 1)]
-    affordable = [step for step in steps if step.extra <= EXTRA]
-    found = ladder.first(affordable, lambda verdict: verdict.has_margin(MARGIN))
-    if found is None:
-        found = ladder.judged(affordable[-1])
-        if not found.verdict:
-            kept_high = [everything.quantising(order[count:]) for count in range(len(order) + 1)]
-            found = ladder.first(kept_high, bool) or ladder.judged(kept_high[-1])
-    return found
+    found = Found(everything, verdict, ladder.trials)
+    if FORMATS[recipe.type].remainder is not None:
+        steps = [everything.quantising_twice(order[:count]) for count in range(len(order) + 1)]
+        affordable = [step for step in steps if step.extra <= EXTRA]
+        found = ladder.first(affordable, _with_margin) or ladder.judged(affordable[-1])
+    if _with_margin(found.verdict):
+        return found
+    kept_high = [everything.quantising(order[count:]) for count in range(len(order) + 1)]
+    safe = ladder.first([step for step in kept_high if step.share >= min_share], _with_margin)
+    if safe or found.verdict:
+        return safe or found
+    return ladder.first(kept_high, bool) or ladder.judged(kept_high[-1])
+
+
+def _with_margin(verdict: Verdict) -> bool:
+    return verdict.has_margin(MARGIN)
 
 
 class Ladder:

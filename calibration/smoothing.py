@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from metaembed.runtime.errors import UsageError
+
 from .formats import Format
 from .linears import Group
 from .observers import TensorObserver
@@ -115,6 +117,21 @@ def _output_error(observer: TensorObserver, weight: Array, exact: Array, exponen
     scale = form.weight_scale(w, single)
     w = form.round_trip(w, scale[:, None] if form.per_channel else scale)
     return float(((x @ w.T - exact) ** 2).mean())
+
+
+def check_fits(smoothings: Sequence[Smoothing], groups: Sequence[Group]) -> None:
+    """Raise UsageError unless each smoothing, perhaps edited, names every Linear that reads its source, and each channel once."""
+    readers = {source: [x for group in same for x in group.linears] for source, same in places(groups).items()}
+    for place, smoothing in enumerate(smoothings):
+        linears = readers.get(smoothing.source, [])
+        if not linears or {linear.name for linear in linears} != set(smoothing.linears):
+            raise UsageError(f"the recipe's smoothing of {smoothing.source} does not name the Linears that read it")
+        (channels,) = {linear.stored.shape[1] for linear in linears}
+        if channels != len(smoothing.exponents):
+            found = f"{len(smoothing.exponents)} exponents, not {channels}"
+            raise UsageError(f"the recipe's smoothing of {smoothing.source} has {found}")
+        if any(other.source == smoothing.source for other in smoothings[:place]):
+            raise UsageError(f"the recipe smooths {smoothing.source} twice")
 
 
 Changes = Mapping[str, Sequence[tuple[int, Array]]]

@@ -189,8 +189,8 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     if not isinstance(source, (str, os.PathLike)):
         raise UsageError(f"an image is a path or a PIL image, not {type(source).__name__}")
     path = Path(source)
-    if not path.is_file():
-        raise UsageError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; an image file is needed")
+    if not os.path.isfile(path):  # False for a name too long, where Path.is_file raises
+        raise UsageError(f"{path} is {'a folder' if os.path.isdir(path) else 'missing'}; an image file is needed")
     with _one_sentence(str(path)), _no_warning(), Image.open(path) as image:
         if image.format == "EPS":  # Pillow would start Ghostscript on it
             raise UsageError(f"{path} is PostScript; convert it to PNG or JPEG first")

@@ -138,5 +138,8 @@ def _open_graphs(bundle: Bundle, graphs: list[str]) -> None:
         from .session_ort import OrtSession
     except ImportError:
         return
-    for name in graphs:
-        OrtSession(bundle.path(name), lean=True).close()
+    quantised = bundle.manifest.quantization is not None
+    for (
+        name
+    ) in graphs:  # ONNX Runtime does not open INT8 groups in two steps without folding, and codes are small enough
+        OrtSession(bundle.path(name), lean=not quantised, quantised=quantised).close()

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file
 
+from metaembed.calibration import quantise, sensitivity
 from metaembed.calibration.cli import main
 from metaembed.calibration.dataset import CalibrationSet
 from metaembed.calibration.linears import find_linears
@@ -160,13 +161,60 @@ def test_a_bundle_that_fails_its_own_check_is_never_written(int8, small_bundle, 
     assert [path.name for path in tmp_path.iterdir()] == ["out.recipe.json"]
 
 
-def test_too_small_a_share_fails_and_names_the_nearest_recipe(int8, small_bundle, tmp_path):
+def test_too_small_a_share_fails_and_names_the_nearest_recipe(
+    int8, small_bundle, calibration_set, tmp_path, monkeypatch
+):
+    """The search itself is tested on its own; here, what the command says when it comes back with too little."""
     recipe = int8[1].recipe
     half = recipe.quantising([group.name for group in recipe.groups[::2]])
-    with pytest.raises(ParityError, match=r"kept high .* below 90%\. The nearest recipe that passes is .*recipe\.json"):
-        quantise_bundle(small_bundle, Request(type="int8", recipe=half, threads=1), tmp_path / "out")
+    monkeypatch.setattr(sensitivity, "search", lambda *args, **how: sensitivity.Found(half, int8[1].verdict, 1))
+    monkeypatch.setattr(quantise, "draft_recipe", lambda *args: recipe)
+    with pytest.raises(
+        ParityError, match=r"kept high .* below 90\.0%\. The nearest recipe that passes is .*recipe\.json"
+    ):
+        quantise_bundle(small_bundle, Request(type="int8", data=calibration_set, threads=1), tmp_path / "out")
     assert Recipe.load(tmp_path / "out.recipe.json") == half
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_of_too_small_a_share_is_refused_for_what_it_says(int8, small_bundle, tmp_path):
+    recipe = int8[1].recipe
+    half = recipe.quantising([group.name for group in recipe.groups[1:]])
+    with pytest.raises(ParityError, match=rf"the recipe keeps 1 of {len(recipe.groups)} groups high.* below 100\.0%"):
+        quantise_bundle(small_bundle, Request(type="int8", recipe=half, min_share=1, threads=1), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"source": "nothing"}, "does not name the Linears that read it"),
+        ({"linears": ("nothing",)}, "does not name the Linears that read it"),
+        ({"exponents": (1, 2)}, "has 2 exponents, not"),
+    ],
+)
+def test_a_smoothing_that_does_not_fit_is_refused(int8, small_bundle, tmp_path, change, sentence):
+    recipe = int8[1].recipe
+    assert recipe.smoothings
+    edited = replace(recipe, smoothings=(replace(recipe.smoothings[0], **change), *recipe.smoothings[1:]))
+    with pytest.raises(UsageError, match=sentence):
+        quantise_bundle(small_bundle, Request(type="int8", recipe=edited, threads=1), tmp_path / "out")
+
+
+def test_a_smoothing_that_is_there_twice_is_refused(int8, small_bundle, tmp_path):
+    recipe = int8[1].recipe
+    edited = replace(recipe, smoothings=(*recipe.smoothings, recipe.smoothings[0]))
+    with pytest.raises(UsageError, match="smooths .* twice"):
+        quantise_bundle(small_bundle, Request(type="int8", recipe=edited, threads=1), tmp_path / "out")
+
+
+def test_the_structure_of_a_bundle_in_two_steps_is_sound(int8, small_bundle, tmp_path, capsys):
+    """ONNX Runtime does not open such graphs without folding constants."""
+    twice = int8[1].recipe.quantising_twice([group.name for group in int8[1].recipe.groups[::3]])
+    twice.save(tmp_path / "recipe.json")
+    arguments = ["--quantize", "int8", "--recipe", str(tmp_path / "recipe.json"), "--no-judge", "--quiet"]
+    assert main([str(small_bundle), *arguments, "-o", str(tmp_path / "out")]) == 0
+    assert check([str(tmp_path / "out"), "--structure", "--quiet"]) == 0
 
 
 def test_nan_in_a_weight_is_named_and_nothing_is_written(small_bundle, calibration_set, tmp_path):
@@ -206,6 +254,7 @@ def test_a_recipe_of_another_type_is_refused(int8):
         (["--data", "nowhere.jsonl"], "nowhere.jsonl is missing"),
         (["--data", "demo", "--samples", "3"], "at least 16"),
         (["--data", "demo", "--min-share", "2"], "not between 0 and 1"),
+        (["--recipe", "r.json", "--samples", "20", "--no-smoothing"], "--samples, --no-smoothing would say how"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(small_bundle, tmp_path, capsys, arguments, sentence):

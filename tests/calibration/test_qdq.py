@@ -152,15 +152,31 @@ def test_integer_kernels_take_two_steps_with_and_without_vnni(tmp_path, monkeypa
         np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("form", ["int8", "fp8"])
-def test_two_steps_leave_a_hundredth_of_the_error_of_the_input(form):
-    """INT8: half a step of 1/127 becomes half a step of 1/32512. E4M3: 2^-4 of a value becomes 2^-8, or less near 0."""
+def test_two_steps_leave_a_hundredth_of_the_error_of_the_input():
+    """Half a step of 1/127 becomes half a step of 1/32512, and a whole one at the ends: 128 codes are clipped to 127."""
     values = np.linspace(-3, 3, 10_001, dtype=np.float32)
-    scale = FORMATS[form].scale(3.0, SINGLE)
-    once = values - FORMATS[form].round_trip(values, scale)
-    twice = once - FORMATS[form].round_trip(once, scale * np.float32(FORMATS[form].remainder))
-    assert np.abs(twice).max() < np.abs(once).max() / 14
-    assert (twice**2).mean() < (once**2).mean() / 200
+    scale = FORMATS["int8"].scale(3.0, SINGLE)
+    once = values - FORMATS["int8"].round_trip(values, scale)
+    twice = once - FORMATS["int8"].round_trip(once, scale * np.float32(FORMATS["int8"].remainder))
+    assert np.abs(twice).max() < np.abs(once).max() / 127
+    assert (twice**2).mean() < (once**2).mean() / 40_000
+
+
+@pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float16])
+def test_the_twin_reads_the_remainder_with_the_deployed_graphs_scale(tmp_path, kind):
+    """In fp16 a 256th of a scale has few bits left. Expected: numpy's own rounding to the narrow type, twice."""
+    narrow = {name: array.astype(kind) for name, array in PARAMETERS.items()}
+    names = ("layer.{q_proj,k_proj}",)
+    found = {}
+    for place, parameters in (("narrow", narrow), ("twin", PARAMETERS)):
+        (tmp_path / place).mkdir()
+        model = write_graph(tmp_path / place, "g.onnx", parameters)
+        weights = Weights(tmp_path / place, FORMATS["int8"], {})
+        insert_qdq(
+            model, find_groups({"g.onnx": model}), {**AMAX, names[0]: 0.07}, weights, np.dtype(kind), twice=names
+        )
+        found[place] = float(model.graph.initializers["layer.q_proj/remainder_scale"].const_value.numpy())
+    assert found["twin"] == found["narrow"] == float((np.float64(0.07 / 127).astype(kind) / 256).astype(kind))
 
 
 def test_every_linear_has_its_own_pair_and_the_head_stays_high(tmp_path):

@@ -39,6 +39,14 @@ def test_share_counts_quantised_groups():
         ("amax", "wide", "amax of a is 'wide'"),
         ("amax", -1, "amax of a is -1"),
         ("quantised", 1, "quantised of a is 1"),
+        ("amax", True, "amax of a is True"),
+        ("amax", 1e300, "amax of a is 1e"),
+        ("amax", 10**400, "amax of a is 1000"),
+        ("share", "x", "share of a is 'x'"),
+        ("share", 7, "share of a is 7"),
+        ("share", float("nan"), "share of a is nan"),
+        ("name", 5, "the name 5 is no text"),
+        ("name", "b", "the name 'b' is no text, or two groups have it"),
         ("twice", "no", "twice of a is 'no'"),
         ("size", 3, "size"),
     ],
@@ -49,6 +57,18 @@ def test_a_nonsensical_edit_is_refused(tmp_path, key, value, sentence):
     data = json.loads(path.read_text())
     data["groups"][0][key] = value
     path.write_text(json.dumps(data))
+    with pytest.raises(UsageError, match=sentence):
+        Recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [("calibration", [1], r"calibration is \[1\]"), ("type", "fp8", "fp8 is not quantised in two steps")],
+)
+def test_a_nonsensical_edit_of_the_whole_is_refused(tmp_path, key, value, sentence):
+    path = tmp_path / "recipe.json"
+    RECIPE.quantising_twice(["a"]).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(UsageError, match=sentence):
         Recipe.load(path)
 
@@ -107,6 +127,21 @@ def test_where_two_steps_do_not_help_enough_the_costliest_are_kept_high():
     found = search(GROUPS, judge_by_loss({"a": 0.001, "b": 0.3, "c": 0.3}))
     assert found.recipe.high == ["b", "c"]
     assert found.verdict
+
+
+def test_groups_are_kept_high_for_a_margin_while_enough_stays_quantised():
+    """By hand, against a quarter of .02: no two steps help a (.01 alone); with a high .002 is lost, at a share of .4."""
+    loss = judge_by_loss({"a": 0.01, "b": 0.001, "c": 0.001})
+    found = search(GROUPS, loss, min_share=0.4)
+    assert found.recipe.high == ["a"]
+    assert search(GROUPS, loss, min_share=0.5).recipe.high == []
+
+
+def test_fp8_is_not_quantised_in_two_steps():
+    """The case that INT8 solves in two steps, above."""
+    found = search(replace(GROUPS, type="fp8"), judge_by_loss({"a": 0.001, "b": 0.01, "c": 0.001}), min_share=0.8)
+    assert found.recipe.twice == []
+    assert found.recipe.high == ["b"]
 
 
 def test_costs_are_recorded_in_the_recipe():

@@ -30,9 +30,8 @@ def recipes(small_bundle: Path, calibration_set: CalibrationSet, tmp_path_factor
         workshop = Workshop(Bundle.open(small_bundle), folder, form, threads=1)
         request = Request(type=name, data=calibration_set, observer="max", smooth=False, threads=1)
         recipe: Recipe = draft_recipe(workshop, request, lambda line: None, lambda work, what: work)
-        recipe = recipe.quantising_twice(
-            [group.name for group in recipe.groups[::3]]
-        )  # both forms of Q/DQ in one graph
+        if form.remainder is not None:  # both forms of Q/DQ in one graph
+            recipe = recipe.quantising_twice([group.name for group in recipe.groups[::3]])
         for graph, model in workshop.pack(recipe).items():
             ir.save(model, folder / graph)
         folders[name] = folder

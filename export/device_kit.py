@@ -13,7 +13,7 @@ from metaembed.runtime.staging import staged_folder
 from metaembed.runtime.weights import place_file
 
 from .device_wheel import write_device_wheel
-from .preflight import Preflight, gib
+from .preflight import KIT_TENSORRT, Preflight, gib
 
 KIT_RECORD, RECIPE, REQUIREMENTS = "kit.json", "BUILD.md", "requirements.txt"
 
@@ -28,7 +28,7 @@ PINS = (
     "tqdm==4.67.1",
 )
 # For a device that is no Jetson and has no TensorRT of its own.
-TENSORRT_PIN = "tensorrt-cu12==10.13.0.35"
+TENSORRT_PIN = f"tensorrt-cu12=={KIT_TENSORRT}"
 
 
 def write_device_kit(bundle: Bundle, preflight: Preflight, output: Path, options: str, *, force: bool = False) -> Path:

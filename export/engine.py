@@ -31,6 +31,7 @@ from .profiles import EngineSpec
 
 LOCK = ".lock"  # in engines/, for the moment in which bundle.json is rewritten
 
+
 @dataclass(frozen=True)
 class BuiltEngine:
     """One finished plan and what building it took. In bytes, None where unknown: ``peak_memory`` (anonymous)

@@ -24,7 +24,10 @@ RTX_OPSET = 24
 # What a kit installs on a device that is no Jetson: it parses every opset we write.
 KIT_TENSORRT = "10.15.1.29"
 # 1.7.1 for 8.0: "Attention operation was not supported by a dedicated kernel"
-FLOAT32_ATTENTION = f"TensorRT-RTX has no kernel for an Attention operator in fp32; export with --precision bf16, or --opset {DEFAULT_OPSET}"
+FLOAT32_ATTENTION = (
+    "TensorRT-RTX has no kernel for an Attention operator in fp32; "
+    f"export with --precision bf16, or --opset {DEFAULT_OPSET}"
+)
 # The share of an integrated device's memory that the operating system leaves (a Jetson reports 61.3 of 64 GiB).
 USABLE = 0.9
 
@@ -126,13 +129,15 @@ def _type_problems(manifest: Manifest, device: Device) -> Iterator[str]:
 
 
 def _two_step_problems(manifest: Manifest, device: Device, flavour: str) -> Iterator[str]:
-    """TensorRT-RTX 1.7.1 crashes (SIGSEGV) on what older calibrations wrote; INT8 in two steps builds, and so does 12.0."""
+    """TensorRT-RTX 1.7.1 crashes (SIGSEGV) on what older calibrations wrote; over fp32, in INT8 and for 12.0 it builds."""
     recipe = manifest.quantization or {}
     groups = recipe.get("in_two_steps") or () if recipe.get("type") == "fp8" else ()
-    if groups and flavour == "tensorrt_rtx" and device.capability == (8, 9):
+    narrow = manifest.precision != "fp32"
+    if groups and narrow and flavour == "tensorrt_rtx" and device.capability == (8, 9):
         yield (
-            f"TensorRT-RTX crashes on FP8 in two steps for compute capability 8.9 (groups of Linears here: {len(groups)}); "
-            f"calibrate again with this version (metaembed-calibrate --quantize fp8), without an older --recipe"
+            f"TensorRT-RTX crashes on FP8 in two steps over {manifest.precision} for compute capability 8.9 (groups of "
+            f"Linears here: {len(groups)}); calibrate again with this version (metaembed-calibrate --quantize fp8), "
+            f"without an older --recipe"
         )
 
 

@@ -112,7 +112,7 @@ def test_estimates_are_recorded_beside_what_was_measured(built):
     assert all(peak > 50 << 20 for peak in measured), "a process with TensorRT-RTX holds more than this"
     assert 0.5 < record["estimate"]["build_peak"] / max(measured) < 2.5
     stated = [engine["activation_bytes"] for engine in record["engines"]]
-    assert 0.3 < record["estimate"]["activations"] / max(stated) < 3
+    assert 0.3 < record["estimate"]["activations"] / sum(stated) < 3
     assert 0.5 < record["estimate"]["plans"] / sum(engine["bytes"] for engine in record["engines"]) < 2
 
 

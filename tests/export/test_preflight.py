@@ -11,11 +11,12 @@ from metaembed.export.device_kit import TENSORRT_PIN
 from metaembed.export.memory import GIB, count_weights, estimate_build
 from metaembed.export.onnx_header import read_opset
 from metaembed.export.preflight import check_opset, check_target, check_types, newest_opset, version_key
-from metaembed.export.profiles import Sizes, plan_engines
+from metaembed.export.profiles import Sizes, plan_engines, scorer_engine
 from metaembed.export.route import choose_route
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.devices import DEVICES, find_device
 from metaembed.runtime.errors import BundleError, UsageError
+from metaembed.runtime.graph_maxsim import MEMORY_BYTES, QUERIES, chunk_size
 from metaembed.runtime.known_models import KNOWN
 from metaembed.runtime.manifest import Bundle, Limits
 
@@ -199,6 +200,9 @@ def test_counted_weights_are_those_of_the_demo_checkpoint(demo_folder, bundle):
     ours = count_weights(bundle.manifest.geometry)
     assert ours["vision"].matrices + ours["vision"].others == vision
     assert ours["language"].matrices + ours["language"].others == sum(counts.values()) - vision
+    linears = {name: count for name, count in counts.items() if len(sizes[name]) == 2 and "embed" not in name}
+    assert ours["vision"].matrices == sum(count for name, count in linears.items() if "visual" in name)
+    assert ours["language"].matrices == sum(count for name, count in linears.items() if "visual" not in name)
 
 
 @pytest.mark.parametrize(("model", "billions"), [("3b", 3.75), ("7b", 8.29), ("32b", 33.45)])
@@ -268,6 +272,21 @@ def test_estimated_activations_are_what_the_builder_stated(bundle, model, precis
     engines = plan_engines(Sizes.of(manifest), manifest.budgets, side=side)
     chosen = [engine for engine in engines if engine.name == graph]
     assert estimate_build(manifest, chosen, "tensorrt_rtx").activations == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("budget", "measured"), [(Budget(16, 64), 249_626_624), (Budget(8, 16), 230_465_536)])
+def test_estimated_activations_of_the_scorer_are_what_the_builder_stated(bundle, budget, measured):
+    """By TensorRT-RTX 1.7.1 in its log, for 128 dims."""
+    engine = scorer_engine(128, budget, QUERIES, chunk_size(MEMORY_BYTES, QUERIES, budget.query, budget.candidate, 128))
+    assert estimate_build(bundle.manifest, [engine], "tensorrt_rtx").activations == pytest.approx(measured, rel=0.05)
+
+
+def test_serving_takes_the_activations_of_every_open_engine(bundle):
+    engines = plan_engines(Sizes.of(bundle.manifest), BUDGETS)
+    single = [estimate_build(bundle.manifest, [engine], "tensorrt_rtx") for engine in engines]
+    both = estimate_build(bundle.manifest, engines, "tensorrt_rtx")
+    assert both.activations == pytest.approx(sum(one.activations for one in single), abs=2)
+    assert both.serving > sum(one.plans + one.activations for one in single)
 
 
 @pytest.mark.parametrize(

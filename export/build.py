@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from metaembed.runtime.devices import Device
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.graph_maxsim import MEMORY_BYTES, QUERIES, chunk_size
 from metaembed.runtime.manifest import SCORER, Bundle
+from metaembed.runtime.staging import check_output
 
 from .device_kit import build_command, write_device_kit
-from .engine import build_engines
+from .engine import build_engines, check_place
 from .engine_process import Event
 from .preflight import Preflight, check_target
 from .profiles import EngineSpec, Sizes, plan_engines, scorer_engine
@@ -82,14 +84,17 @@ def build_target(
         version=None if route == KIT else installed.get(flavour),
         builds_here=route != KIT,
     )
-    if dry_run:
-        return BuildResult(route, preflight)
     if route == KIT:
-        target = output or bundle.folder.absolute().with_name(f"{bundle.folder.absolute().name}-kit-{device.name}")
-        write_device_kit(bundle, preflight, target, _kit_words(bundle, options), force=force)
-        return BuildResult(route, preflight, kit=target, command=build_command(device, _kit_words(bundle, options)))
+        kit, words = _check_kit_folder(bundle, device, output, force), _kit_words(bundle, options)
+        if dry_run:
+            return BuildResult(route, preflight)
+        write_device_kit(bundle, preflight, kit, words, force=force)
+        return BuildResult(route, preflight, kit=kit, command=build_command(bundle, device, words))
     if output:
         raise UsageError("engines are built into the bundle itself; -o is for a device kit")
+    check_place(bundle, device, force=force)
+    if dry_run:
+        return BuildResult(route, preflight)
     return BuildResult(route, preflight, record=build_engines(bundle, preflight, force=force, on_event=on_event))
 
 
@@ -109,6 +114,16 @@ def chosen_engines(bundle: Bundle, options: BuildOptions) -> tuple[EngineSpec, .
     dim, largest = bundle.manifest.geometry.dim, bundle.manifest.largest
     chunk = chunk_size(MEMORY_BYTES, QUERIES, largest.query, largest.candidate, dim)
     return (*engines, scorer_engine(dim, largest, QUERIES, chunk))
+
+
+def _check_kit_folder(bundle: Bundle, device: Device, output: Path | None, force: bool) -> Path:
+    """The kit's folder, by default beside the bundle; a UsageError where a kit cannot be written."""
+    own = Path(os.path.abspath(bundle.folder))
+    kit = output or own.with_name(f"{own.name}-kit-{device.name}")
+    if kit.resolve().is_relative_to(own.resolve()):
+        raise UsageError(f"{kit} is the bundle, or lies in it; give the kit another folder with -o")
+    check_output(kit, force=force)
+    return kit
 
 
 def _kit_words(bundle: Bundle, options: BuildOptions) -> str:

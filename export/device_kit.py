@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from metaembed.runtime.devices import Device
+from metaembed.runtime.golden import SIDES, golden_path
 from metaembed.runtime.manifest import MANIFEST, Bundle, FileRecord
 from metaembed.runtime.staging import staged_folder
 from metaembed.runtime.weights import place_file
 
 from .device_wheel import write_device_wheel
-from .preflight import Preflight, gib
+from .preflight import KIT_TENSORRT, Preflight, gib
 
 KIT_RECORD, RECIPE, REQUIREMENTS = "kit.json", "BUILD.md", "requirements.txt"
 
@@ -27,8 +28,16 @@ PINS = (
     "tokenizers==0.21.4",
     "tqdm==4.67.1",
 )
+VERIFIED = (
+    "The last line builds the engines and replays the golden vectors on them; it exits with 1 when they disagree.",
+    "Nothing about speed or accuracy on this device has been measured before that.",
+)
+UNVERIFIED = (
+    "Nothing was verified: the bundle was exported without parity (--no-parity) and has no golden vectors. The last line",
+    "builds the engines and checks files only; it says nothing about accuracy. Export again to have embeddings compared.",
+)
 # For a device that is no Jetson and has no TensorRT of its own.
-TENSORRT_PIN = "tensorrt-cu12==10.13.0.35"
+TENSORRT_PIN = f"tensorrt-cu12=={KIT_TENSORRT}"
 
 
 def write_device_kit(bundle: Bundle, preflight: Preflight, output: Path, options: str, *, force: bool = False) -> Path:
@@ -51,16 +60,23 @@ def write_device_kit(bundle: Bundle, preflight: Preflight, output: Path, options
         wheel = write_device_wheel(folder)
         requirements = PINS if device.jetpacks else (*PINS, TENSORRT_PIN)
         (folder / REQUIREMENTS).write_text("\n".join(requirements) + "\n", encoding="utf-8")
-        record = describe_kit(device, build_command(device, options), folder, wheel)
+        record = describe_kit(device, build_command(bundle, device, options), folder, wheel)
         (folder / KIT_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (folder / RECIPE).write_text(write_recipe(preflight, record, wheel.name), encoding="utf-8")
+        recipe = write_recipe(preflight, record, wheel.name, golden=has_golden(bundle))
+        (folder / RECIPE).write_text(recipe, encoding="utf-8")
     return output
 
 
-def build_command(device: Device, options: str = "") -> str:
-    """The one command that a device runs inside the kit."""
-    words = f"metaembed-build . --target {device.name} {options}".strip()
-    return f"{words} && metaembed-check ."
+def build_command(bundle: Bundle, device: Device, options: str = "") -> str:
+    """The one command that a device runs inside the kit. It insists on the device's own TensorRT: anywhere else it is
+    refused, where the best route would be a kit of the kit. Without golden vectors only the files are checked."""
+    words = f"metaembed-build . --target {device.name} --flavour tensorrt {options}".strip()
+    return f"{words} && metaembed-check ." + ("" if has_golden(bundle) else " --structure")
+
+
+def has_golden(bundle: Bundle) -> bool:
+    """Whether there is something to compare a device's embeddings with: a bundle exported without parity has nothing."""
+    return all(golden_path(side) in bundle.manifest.files for side in SIDES)
 
 
 def describe_kit(device: Device, command: str, folder: Path, wheel: Path) -> dict[str, Any]:
@@ -79,14 +95,15 @@ def describe_kit(device: Device, command: str, folder: Path, wheel: Path) -> dic
     }
 
 
-def write_recipe(preflight: Preflight, record: dict[str, Any], wheel: str) -> str:
+def write_recipe(preflight: Preflight, record: dict[str, Any], wheel: str, *, golden: bool) -> str:
     """BUILD.md: what the board must have, three lines to prepare it, and the command."""
     device, estimate = preflight.device, preflight.estimate
+    vectors = "golden vectors, " if golden else ""
     site = " --system-site-packages" if device.jetpacks else ""
     lines = [
         f"# Build and check on {device.title}",
         "",
-        f"This folder is complete: graphs, weights, tokenizer, golden vectors, and `{wheel}` with the two commands.",
+        f"This folder is complete: graphs, weights, tokenizer, {vectors}and `{wheel}` with the two commands.",
         "",
         *_system_lines(device),
         f"- Memory: about {gib(estimate.build_peak)} while building (an estimate), {gib(estimate.serving)} while serving.",
@@ -99,8 +116,7 @@ def write_recipe(preflight: Preflight, record: dict[str, Any], wheel: str) -> st
         str(record["command"]),
         "```",
         "",
-        "The last line builds the engines and replays the golden vectors on them; it exits with 1 when they disagree.",
-        "Nothing about speed or accuracy on this device has been measured before that.",
+        *(VERIFIED if golden else UNVERIFIED),
         "",
     ]
     return "\n".join(lines)

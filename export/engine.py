@@ -6,8 +6,8 @@ which is renamed when every one is done, and bundle.json vouches for them last.
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 import re
 import shutil
 import time
@@ -17,15 +17,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from metaembed.runtime.devices import Device
 from metaembed.runtime.engines import BUILD_RECORD, ENGINES_FORMAT, ENGINES_VERSION, engines_folder
-from metaembed.runtime.errors import UsageError
-from metaembed.runtime.manifest import SCORER, Bundle, FileRecord, Manifest, record_files, save_manifest
+from metaembed.runtime.errors import BundleError, UsageError
+from metaembed.runtime.manifest import ENGINES, SCORER, Bundle, FileRecord, Manifest, record_files, save_manifest
+from metaembed.runtime.staging import scratch_folder
 from metaembed.runtime.user_cache import user_cache
 
 from .engine_commands import polygraphy_command, trtexec_command
 from .engine_process import Event, run_worker
 from .preflight import Preflight
 from .profiles import EngineSpec
+
+LOCK = ".lock"  # in engines/, for the moment in which bundle.json is rewritten
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,9 @@ def build_engines(
         UsageError: the bundle has engines for this target already, and ``force`` is off.
         MetaEmbedError: the builder refused the graph, crashed, or ran out of memory.
     """
-    name = preflight.device.name
-    place = bundle.folder / engines_folder(name)
-    if place.is_symlink() or place.parent.is_symlink():
-        raise UsageError(f"{place} is a link, and engines are built inside the bundle; remove it first")
-    if place.exists() and not force:
-        raise UsageError(f"{place} exists already; -f builds it again")
-    log = place.with_name(f"{name}.log")
-    with _scratch(place) as scratch:
+    place = check_place(bundle, preflight.device, force=force)
+    log = place.with_name(f"{place.name}.log")
+    with scratch_folder(place) as scratch:
         log.write_text("", encoding="utf-8")
         built = [build_engine(bundle, preflight, spec, scratch, log, on_event) for spec in preflight.engines]
         record = _describe(bundle.manifest, preflight, built)
@@ -92,14 +91,18 @@ def build_engines(
     return record
 
 
-@contextmanager
-def _scratch(place: Path) -> Iterator[Path]:
-    scratch = place.with_name(f".{place.name}.{os.getpid()}.part")
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def check_place(bundle: Bundle, device: Device, *, force: bool) -> Path:
+    """Where a device's engines go in the bundle.
+
+    Raises:
+        UsageError: it leads out of the bundle, or there are engines already and ``force`` is off.
+    """
+    place = bundle.folder / engines_folder(device.name)
+    if place.is_symlink() or place.parent.is_symlink():
+        raise UsageError(f"{place} is a link, and engines are built inside the bundle; remove it first")
+    if place.exists() and not force:
+        raise UsageError(f"{place} exists already; -f builds it again")
+    return place
 
 
 def build_engine(
@@ -164,12 +167,24 @@ def _describe(manifest: Manifest, preflight: Preflight, built: list[BuiltEngine]
 
 def _publish(bundle: Bundle, scratch: Path, place: Path) -> None:
     """Put the new engines in their place. bundle.json never vouches for a file that is not there: it forgets the old
-    engines first and learns of the new ones last."""
+    engines first and learns of the new ones last. It is read again: other builds may have added theirs meanwhile."""
     prefix = place.relative_to(bundle.folder).as_posix()
-    kept = {name: record for name, record in bundle.manifest.files.items() if not name.startswith(prefix + "/")}
-    if place.exists():
-        save_manifest(bundle.folder, replace(bundle.manifest, files=kept))
-        shutil.rmtree(place)
-    scratch.rename(place)
-    names = sorted(f"{prefix}/{path.name}" for path in place.iterdir())
-    save_manifest(bundle.folder, replace(bundle.manifest, files={**kept, **record_files(bundle.folder, names)}))
+    with _only_writer(place.parent):
+        manifest = Bundle.open(bundle.folder, verify=False, ignore=ENGINES).manifest
+        if manifest.fingerprint != bundle.manifest.fingerprint:
+            raise BundleError(f"{bundle.folder} became another bundle while its engines were built; build them again")
+        kept = {name: record for name, record in manifest.files.items() if not name.startswith(prefix + "/")}
+        if place.exists():
+            save_manifest(bundle.folder, replace(manifest, files=kept))
+            shutil.rmtree(place)
+        scratch.rename(place)
+        names = sorted(f"{prefix}/{path.name}" for path in place.iterdir())
+        save_manifest(bundle.folder, replace(manifest, files={**kept, **record_files(bundle.folder, names)}))
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Wait until no other build rewrites this bundle's manifest."""
+    with (folder / LOCK).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -13,7 +13,7 @@ from pathlib import Path
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Manifest
 
-from .profiles import EngineSpec
+from .profiles import EngineSpec, Profile
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 GIB = 1 << 30
@@ -47,7 +47,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Estimate:
-    """All in bytes. ``build_peak`` is of the largest single engine: engines are built one after the other."""
+    """All in bytes. ``build_peak`` is of the largest single engine: engines are built one after the other. Served, they
+    are all open, each with its own ``activations``, which are summed here."""
 
     weights: int
     plans: int
@@ -68,11 +69,12 @@ def count_weights(geometry: Geometry) -> dict[str, Weights]:
     rest += (text.hidden + 1) * (geometry.projection or 0)
     seen = 4 * vision.hidden**2 + 3 * vision.hidden * vision.intermediate
     merged = vision.hidden * vision.merge**2
-    head = merged * merged + merged + merged * vision.out_hidden + vision.out_hidden + vision.hidden
+    merger = merged * merged + merged * vision.out_hidden
+    head = merged + vision.out_hidden + vision.hidden
     biases = vision.depth * (6 * vision.hidden + 2 * vision.intermediate + vision.hidden)
     return {
         "language": Weights(text.layers * block, rest),
-        "vision": Weights(vision.depth * seen, biases + head + vision.patch_values * vision.hidden),
+        "vision": Weights(vision.depth * seen + merger, biases + head + vision.patch_values * vision.hidden),
     }
 
 
@@ -91,7 +93,7 @@ def estimate_build(manifest: Manifest, engines: Iterable[EngineSpec], flavour: s
     factor, base = (
         (RTX_BUILD_FACTOR, RTX_BUILD_BASE) if flavour == "tensorrt_rtx" else (TRT_BUILD_FACTOR, TRT_BUILD_BASE)
     )
-    activations = int(max(_activation_bytes(manifest, engine) for engine in engines))
+    activations = int(sum(_activation_bytes(manifest, engine) for engine in engines))
     return Estimate(
         weights=sum(weights.values()),
         plans=sum(plans),
@@ -103,13 +105,19 @@ def estimate_build(manifest: Manifest, engines: Iterable[EngineSpec], flavour: s
 
 def _activation_bytes(manifest: Manifest, engine: EngineSpec) -> float:
     """Of the largest shape that any profile of the engine allows."""
-    if engine.graph == SCORER:  # the widened candidates
-        return max(4.0 * prod(profile.ranges["candidates"].max) for profile in engine.profiles)
+    if engine.graph == SCORER:
+        return max(_scorer_bytes(profile) for profile in engine.profiles)
     part = manifest.geometry.vision if engine.graph == VISION else manifest.geometry.text
     name = "patch_mask" if engine.graph == VISION else "mask"
     width = part.intermediate * BYTES[manifest.precision] / 2 * ACTIVATION_BYTES[engine.graph]
     shapes = [profile.ranges[name].max for profile in engine.profiles]  # (i, w, 64) or (b, t)
     return max(prod(shape) * width + _score_bytes(manifest, part.heads, shape) for shape in shapes)
+
+
+def _scorer_bytes(profile: Profile) -> float:
+    """In float32: the widened candidates, their products with all query vectors, and the maximum of those."""
+    (queries, query, _), (chunk, candidate, dim) = (profile.ranges[name].max for name in ("queries", "candidates"))
+    return 4.0 * chunk * (candidate * dim + queries * query * (candidate + 1))
 
 
 def _score_bytes(manifest: Manifest, heads: int, shape: tuple[int, ...]) -> float:

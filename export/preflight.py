@@ -21,6 +21,13 @@ OLDEST_TENSORRT, OLDEST_RTX = "10.3", "1.2"
 # The newest opset that the ONNX parser of a release takes (docs/operators.md of each release of onnx/onnx-tensorrt).
 PARSER_OPSETS = (("10.0", 20), ("10.15", 24))
 RTX_OPSET = 24
+# What a kit installs on a device that is no Jetson: it parses every opset we write.
+KIT_TENSORRT = "10.15.1.29"
+# 1.7.1 for 8.0: "Attention operation was not supported by a dedicated kernel"
+FLOAT32_ATTENTION = (
+    "TensorRT-RTX has no kernel for an Attention operator in fp32; "
+    f"export with --precision bf16, or --opset {DEFAULT_OPSET}"
+)
 # The share of an integrated device's memory that the operating system leaves (a Jetson reports 61.3 of 64 GiB).
 USABLE = 0.9
 
@@ -76,6 +83,7 @@ def check_target(
     estimate = estimate_build(manifest, engines, flavour)
     problems = [
         *_type_problems(manifest, device),
+        *_two_step_problems(manifest, device, flavour),
         *_version_problems(device, flavour, version),
         *_opset_problems(bundle, device, engines, flavour, version),
         *_memory_problems(manifest, device, estimate, flavour, builds_here),
@@ -97,8 +105,11 @@ def check_types(device: Device, precision: str, quantization: str | None = None)
         raise UsageError("; ".join(problems))
 
 
-def check_opset(device: Device, opset: int) -> None:
-    """Refuse an opset that the parser of a board's oldest TensorRT lacks, before anything is exported.
+def check_opset(device: Device, opset: int, precision: str | None = None) -> None:
+    """Refuse an opset that the device's oldest TensorRT cannot take, before anything is exported.
+
+    Args:
+        precision: what the graphs will compute in; None checks the opset alone.
 
     Raises:
         UsageError: why, and what to use instead.
@@ -109,10 +120,25 @@ def check_opset(device: Device, opset: int) -> None:
             f"the parser of TensorRT {version} (JetPack {device.jetpacks[0].version}, {device.title}) takes opset "
             f"{newest_opset(version)}, not {opset}; export with --opset {newest_opset(version)}"
         )
+    if device.builds_ahead and _needs_float32_attention(opset, precision):
+        raise UsageError(f"{device.title}: {FLOAT32_ATTENTION}")
 
 
 def _type_problems(manifest: Manifest, device: Device) -> Iterator[str]:
     yield from _missing_types(device, manifest.precision, (manifest.quantization or {}).get("type"))
+
+
+def _two_step_problems(manifest: Manifest, device: Device, flavour: str) -> Iterator[str]:
+    """TensorRT-RTX 1.7.1 crashes (SIGSEGV) on what older calibrations wrote; over fp32, in INT8 and for 12.0 it builds."""
+    recipe = manifest.quantization or {}
+    groups = recipe.get("in_two_steps") or () if recipe.get("type") == "fp8" else ()
+    narrow = manifest.precision != "fp32"
+    if groups and narrow and flavour == "tensorrt_rtx" and device.capability == (8, 9):
+        yield (
+            f"TensorRT-RTX crashes on FP8 in two steps over {manifest.precision} for compute capability 8.9 (groups of "
+            f"Linears here: {len(groups)}); calibrate again with this version (metaembed-calibrate --quantize fp8), "
+            f"without an older --recipe"
+        )
 
 
 def _missing_types(device: Device, precision: str, quantization: str | None) -> Iterator[str]:
@@ -133,7 +159,7 @@ def _missing_types(device: Device, precision: str, quantization: str | None) -> 
 def _version_problems(device: Device, flavour: str, version: str | None) -> Iterator[str]:
     if flavour == "tensorrt_rtx" and not device.builds_ahead:
         yield (
-            f"TensorRT-RTX has no support for compute capability {device.capability_text} ({device.title}); "
+            f"TensorRT-RTX does not build these graphs for compute capability {device.capability_text} ({device.title}); "
             f"leave --flavour out to get a device kit"
         )
     if version is None:
@@ -150,18 +176,19 @@ def _version_problems(device: Device, flavour: str, version: str | None) -> Iter
 def _opset_problems(
     bundle: Bundle, device: Device, engines: tuple[EngineSpec, ...], flavour: str, version: str | None
 ) -> Iterator[str]:
-    version = version or (device.jetpacks[0].tensorrt if device.jetpacks else None)
-    if flavour == "tensorrt" and version is None:
-        return  # a kit for a GPU that takes any TensorRT: the build there checks the one it finds
-    most = RTX_OPSET if flavour == "tensorrt_rtx" else newest_opset(str(version))
+    version = version or (device.jetpacks[0].tensorrt if device.jetpacks else KIT_TENSORRT)
+    most = RTX_OPSET if flavour == "tensorrt_rtx" else newest_opset(version)
     label = f"TensorRT {version}" if flavour == "tensorrt" else "TensorRT-RTX"
-    if flavour == "tensorrt_rtx" and bundle.manifest.opset > DEFAULT_OPSET and bundle.manifest.precision == "fp32":
-        # 1.7.1 for 8.0: "Attention operation was not supported by a dedicated kernel"
-        yield f"{label} has no kernel for an Attention operator in fp32; export with --precision bf16, or --opset {DEFAULT_OPSET}"
+    if flavour == "tensorrt_rtx" and _needs_float32_attention(bundle.manifest.opset, bundle.manifest.precision):
+        yield FLOAT32_ATTENTION
     for graph in sorted({engine.graph for engine in engines}):
         opset = read_opset(bundle.path(graph))
         if opset > most:
             yield f"{graph} uses opset {opset}, and the parser of {label} takes {most}; export with --opset {most}"
+
+
+def _needs_float32_attention(opset: int, precision: str | None) -> bool:
+    return opset > DEFAULT_OPSET and precision == "fp32"
 
 
 def newest_opset(version: str) -> int:

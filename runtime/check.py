@@ -30,6 +30,7 @@ from .parity import (
     compare_rankings,
     compare_scores,
 )
+from .session_trt import NoProfileError
 
 Golden = tuple[Sequence[GoldenItem], NDArray[np.float32]]
 KINDS = ("text", "image", "image + text")
@@ -40,6 +41,7 @@ class Check:
     """All comparisons of one replay: (side, r, kind of input) -> vectors, budget -> ranking. Truthy when all passed.
 
     ``scorer`` has the scorer graph's scores, by budget; it is empty where the bundle is older than the graph.
+    ``not_replayed`` has each (side, r) that the engines were not built for: cut to some budgets, or to one side.
     """
 
     runs_on: str
@@ -47,6 +49,7 @@ class Check:
     vectors: Mapping[tuple[str, int, str], ParityRecord] = field(default_factory=dict)
     rankings: Mapping[Budget, RankingRecord] = field(default_factory=dict)
     scorer: Mapping[Budget, ScoringRecord] = field(default_factory=dict)
+    not_replayed: Sequence[tuple[str, int]] = ()
 
     def __bool__(self) -> bool:
         records = [*self.vectors.values(), *self.rankings.values(), *self.scorer.values()]
@@ -89,6 +92,7 @@ class Check:
                 {"budget": [budget.query, budget.candidate], **record.to_json()}
                 for budget, record in self.scorer.items()
             ],
+            "not_replayed": [{"side": side, "r": r} for side, r in self.not_replayed],
         }
 
     def table(self) -> str:
@@ -106,7 +110,15 @@ class Check:
         for budget, scored in self.scorer.items():
             mark = "" if scored else "  FAILED"
             rows.append(f"scorer {budget!s:<8} {scored.pairs} pairs, max abs {scored.max_abs:.1e}{mark}")
+        rows += [
+            f"{side:<10} {r:>3}  not replayed: the engines have no profile for it" for side, r in self.not_replayed
+        ]
         return "\n".join(rows)
+
+    def coverage(self) -> str:
+        """Which sides and budgets were left out, to follow a verdict; nothing when none was."""
+        left_out = ", ".join(f"{side} r={r}" for side, r in self.not_replayed)
+        return f"; not replayed, for lack of a profile: {left_out}" if left_out else ""
 
 
 def check_bundle(encoder: Encoder, *, progress: Callable[[Any], Any] = iter) -> Check:
@@ -179,25 +191,32 @@ def replay(
     *,
     progress: Callable[[Any], Any] = iter,
 ) -> Check:
-    """Compare an encoder with references [n, 16 or 64, d] of both sides, at every budget that its bundle serves."""
-    encoded = {}
+    """Compare an encoder with references [n, 16 or 64, d] of both sides, at every budget that its bundle serves.
+
+    What its engines were not built for is named, not compared; a side that is missing at a budget is ranked with the
+    reference instead. Nothing at all compared is a failure.
+    """
+    encoded, not_replayed = {}, []
     work = sorted({(side, getattr(budget, side)) for budget in encoder.budgets for side in SIDES})
     for side, vectors in progress(work):
-        encoded[side, vectors] = _encode(encoder, side, goldens[side][0], vectors)
+        try:
+            encoded[side, vectors] = _encode(encoder, side, goldens[side][0], vectors)
+        except NoProfileError:
+            not_replayed.append((side, vectors))
     records = {
         (side, vectors, kind): compare(*_select(goldens[side], values, kind), tolerance)
         for (side, vectors), values in encoded.items()
         for kind in KINDS
     }
-    rankings = {
-        budget: compare_rankings(
-            _score(goldens["query"][1][:, : budget.query], goldens["candidate"][1][:, : budget.candidate]),
-            _score(encoded["query", budget.query], encoded["candidate", budget.candidate]),
-            tolerance,
-        )
-        for budget in encoder.budgets
-    }
-    return Check(encoder.description, precision, records, rankings)
+    rankings = {}
+    for budget in encoder.budgets:
+        sizes = [(side, getattr(budget, side)) for side in SIDES]
+        if encoded.keys().isdisjoint(sizes):
+            continue
+        references = [goldens[side][1][:, :vectors] for side, vectors in sizes]
+        found = [encoded.get(size, reference) for size, reference in zip(sizes, references, strict=True)]
+        rankings[budget] = compare_rankings(_score(*references), _score(*found), tolerance)
+    return Check(encoder.description, precision, records, rankings, not_replayed=tuple(not_replayed))
 
 
 def _encode(encoder: Encoder, side: str, items: Sequence[GoldenItem], vectors: int) -> NDArray[np.float32]:

@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         if not args.quiet:
             print(check.table())
-        print(f"{args.bundle}: {'within' if check else 'OUT OF'} the {check.precision} tolerance on {check.runs_on}")
+        verdict = f"{'within' if check else 'OUT OF'} the {check.precision} tolerance on {check.runs_on}"
+        print(f"{args.bundle}: {verdict}{check.coverage()}")
     return EXIT_DONE if check else EXIT_FAILED
 
 

@@ -26,9 +26,10 @@ FIRST_CAPABILITY: dict[str, Capability] = {
     "fp8": (8, 9),
 }
 
-# What TensorRT-RTX builds on a machine without a GPU (https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
-# inference-library/cpu-engines.html; every one of these built, and 8.7, 9.0 and 11.0 refused, with 1.7.1).
-RTX_CAPABILITIES: tuple[Capability, ...] = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
+# What TensorRT-RTX builds of our graphs on a machine without a GPU (https://docs.nvidia.com/deeplearning/tensorrt-rtx/
+# latest/inference-library/cpu-engines.html; every one of these built, and 8.7, 9.0 and 11.0 refused, with 1.7.1).
+# It documents 7.5 too, but refuses our scorer's float32 products there: "FP32 GEMM is not supported".
+RTX_CAPABILITIES: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 
 # The first TensorRT that knows a capability (release notes of 10.8 and 10.13); the others precede the 10.3 we need.
 FIRST_TENSORRT: dict[Capability, str] = {(11, 0): "10.13", (12, 0): "10.8", (12, 1): "10.8"}
@@ -101,7 +102,7 @@ class Device:
 
     @property
     def builds_ahead(self) -> bool:
-        """Whether TensorRT-RTX can build its engines on a machine without a GPU."""
+        """Whether TensorRT-RTX can build all of a bundle's engines for it on a machine without a GPU."""
         return self.capability in RTX_CAPABILITIES
 
     @property

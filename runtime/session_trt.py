@@ -110,6 +110,10 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
+class NoProfileError(UsageError):
+    """The engines were cut to other shapes: to some budgets, to one side, or to smaller batches."""
+
+
 class SharedStream:
     """One CUDA stream, destroyed when the last session that holds it closes."""
 
@@ -136,7 +140,8 @@ class TrtSession:
     ones replay it, which saves launch time where shapes repeat.
 
     Raises:
-        UsageError: a shape that no profile covers, a wrong name or type, or a closed session.
+        NoProfileError: a shape that no profile covers.
+        UsageError: a wrong name or type, or a closed session.
     """
 
     def __init__(
@@ -161,8 +166,8 @@ class TrtSession:
 
     @property
     def max_items(self) -> int:
-        """The largest first dimension that any engine takes: more items must come in several batches."""
-        return max(engine.max_items for engine in self._engines)
+        """The most items that every profile takes, whichever side it is for: more must come in several batches."""
+        return min(profile.max_items for engine in self._engines for profile in engine.profiles)
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         if not self._engines:
@@ -171,7 +176,7 @@ class TrtSession:
         shapes = {name: tuple(value.shape) for name, value in feeds.items()}
         fitting = [(engine, profile) for engine in self._engines for profile in engine.fitting(shapes)]
         if not fitting:
-            raise UsageError(_no_profile(shapes, self._engines))
+            raise NoProfileError(_no_profile(shapes, self._engines))
         engine, profile = min(fitting, key=lambda pair: pair[1].distance(shapes))
         outputs = engine.run(profile.index, feeds, shapes)
         if self._keep:

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from metaembed.export.cli_build import main as build_command
-from metaembed.runtime.manifest import LANGUAGE, Bundle
+from metaembed.runtime.cli_check import main as check_command
+from metaembed.runtime.manifest import LANGUAGE, MANIFEST, Bundle
+
+
+def copy_of(bundle, folder):
+    return shutil.copytree(bundle, folder, copy_function=os.link)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +29,7 @@ def kit(demo_bundle, tmp_path_factory):
 def test_a_kit_holds_all_that_its_one_command_needs(kit):
     bundle = Bundle.open(kit)
     record = json.loads((kit / "kit.json").read_text())
-    assert record["command"] == "metaembed-build . --target agx-orin-64gb && metaembed-check ."
+    assert record["command"] == "metaembed-build . --target agx-orin-64gb --flavour tensorrt && metaembed-check ."
     assert record["jetpacks"]["6.2"] == "10.3.0"
     assert {"golden/query.safetensors", "golden/candidate.safetensors", LANGUAGE} <= set(bundle.manifest.files)
     assert not any(name.startswith("engines/") for name in bundle.manifest.files)
@@ -32,6 +37,64 @@ def test_a_kit_holds_all_that_its_one_command_needs(kit):
     assert record["command"] in recipe
     assert "JetPack 6.2: TensorRT 10.3.0" in recipe
     assert all("==" in line for line in (kit / "requirements.txt").read_text().splitlines())
+
+
+def test_the_kits_command_never_makes_a_kit_of_the_kit(kit, monkeypatch, capsys):
+    """On a machine without a GPU it is refused; words of the recorded command, run as they are."""
+    build, _, _ = json.loads((kit / "kit.json").read_text())["command"].partition(" && ")
+    monkeypatch.setattr("metaembed.export.build.find_gpu", lambda: None)
+    monkeypatch.chdir(kit)
+    assert build_command(build.split()[1:]) == 2
+    assert "this machine has no GPU" in capsys.readouterr().err
+    assert not list(kit.parent.glob("*-kit-*"))
+
+
+def test_a_kit_without_golden_vectors_says_that_nothing_was_verified(demo_bundle, tmp_path, capsys):
+    bundle = copy_of(demo_bundle, tmp_path / "bundle")
+    data = json.loads((bundle / MANIFEST).read_bytes())
+    data.update(parity="unverified", files={n: r for n, r in data["files"].items() if not n.startswith("golden/")})
+    (bundle / MANIFEST).unlink()
+    (bundle / MANIFEST).write_text(json.dumps(data))
+    assert build_command([str(bundle), "--target", "orin"]) == 0
+    kit = tmp_path / "bundle-kit-agx-orin-64gb"
+    command = json.loads((kit / "kit.json").read_text())["command"]
+    assert command.endswith(" && metaembed-check . --structure")
+    assert command in capsys.readouterr().out
+    recipe = (kit / "BUILD.md").read_text()
+    assert "Nothing was verified" in recipe
+    assert "golden vectors, and" not in recipe
+    assert check_command([str(kit), "--structure", "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--target", "orin", "-f", "-o", "{}"], "is the bundle, or lies in it"),
+        (["--target", "orin", "-o", "{}/weights/kit"], "is the bundle, or lies in it"),
+        (["--target", "orin", "-o", "{}/../other"], "is no bundle, so it is not replaced"),
+        (["--target", "orin", "-o", "{}/../earlier"], "give -f to replace it"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["build", "dry-run"])
+def test_a_folder_that_a_kit_cannot_have_is_refused_by_a_dry_run_too(
+    demo_bundle, tmp_path, capsys, arguments, reason, dry
+):
+    bundle = copy_of(demo_bundle, tmp_path / "bundle")
+    copy_of(demo_bundle, tmp_path / "earlier")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    assert build_command([str(bundle), *(word.format(bundle) for word in arguments), *dry]) == 2
+    assert reason in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_kit_made_from_inside_the_bundle_lies_beside_it(demo_bundle, tmp_path, monkeypatch):
+    bundle = copy_of(demo_bundle, tmp_path / "bundle")
+    monkeypatch.chdir(bundle / "weights")
+    assert build_command(["..", "--target", "orin", "--quiet"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle-kit-agx-orin-64gb"]
 
 
 def test_the_kits_wheel_installs_and_its_command_runs_there(kit, tmp_path):

@@ -103,7 +103,7 @@ def test_the_manifest_vouches_for_what_was_built_and_the_log_is_kept(built):
     }
     assert "Engine generation completed" in (built / "engines/a100-80gb.log").read_text()
     assert bundle.manifest.fingerprint == build_record(built)["bundle"]
-    assert not list(built.glob("**/*.part"))
+    assert not list(built.glob("engines/.a100*"))
 
 
 def test_estimates_are_recorded_beside_what_was_measured(built):
@@ -112,7 +112,7 @@ def test_estimates_are_recorded_beside_what_was_measured(built):
     assert all(peak > 50 << 20 for peak in measured), "a process with TensorRT-RTX holds more than this"
     assert 0.5 < record["estimate"]["build_peak"] / max(measured) < 2.5
     stated = [engine["activation_bytes"] for engine in record["engines"]]
-    assert 0.3 < record["estimate"]["activations"] / max(stated) < 3
+    assert 0.3 < record["estimate"]["activations"] / sum(stated) < 3
     assert 0.5 < record["estimate"]["plans"] / sum(engine["bytes"] for engine in record["engines"]) < 2
 
 
@@ -135,8 +135,9 @@ def test_the_trtexec_line_has_a_group_of_shapes_per_profile_and_no_flag_that_its
     assert "tensorrt_rtx --onnx=language.onnx" in trtexec_command(spec, "tensorrt_rtx", (8, 0), "1.7.1")
 
 
-def test_engines_are_replaced_only_when_asked(built, capsys):
-    assert build_command([str(built), "--target", "a100"]) == 2
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["build", "dry-run"])
+def test_engines_are_replaced_only_when_asked(built, capsys, dry):
+    assert build_command([str(built), "--target", "a100", *dry]) == 2
     assert "exists already; -f builds it again" in capsys.readouterr().err
 
 
@@ -158,8 +159,9 @@ def test_a_dry_run_prints_the_plan_and_builds_nothing(folder, capsys):
         (["--target", "a100", "--budget", "8"], "not of the form R_Q,R_C"),
         (["--target", "a100", "--max-batch", "0"], "at least one item"),
         (["--target", "a100", "-o", "x"], "-o is for a device kit"),
+        (["--target", "a100", "-o", "x", "--dry-run"], "-o is for a device kit"),
         (["--target", "orin", "--flavour", "tensorrt"], "--flavour kit"),
-        (["--target", "orin", "--flavour", "tensorrt_rtx"], "no support for compute capability 8.7"),
+        (["--target", "orin", "--flavour", "tensorrt_rtx"], "does not build these graphs for compute capability 8.7"),
         (["--target", "a100", "--layout", "x"], "invalid choice"),
     ],
     ids=str,

@@ -7,14 +7,16 @@ import onnx
 import pytest
 from safetensors import safe_open
 
+from metaembed.export.device_kit import TENSORRT_PIN
 from metaembed.export.memory import GIB, count_weights, estimate_build
 from metaembed.export.onnx_header import read_opset
 from metaembed.export.preflight import check_opset, check_target, check_types, newest_opset, version_key
-from metaembed.export.profiles import Sizes, plan_engines
+from metaembed.export.profiles import Sizes, plan_engines, scorer_engine
 from metaembed.export.route import choose_route
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.devices import DEVICES, find_device
 from metaembed.runtime.errors import BundleError, UsageError
+from metaembed.runtime.graph_maxsim import MEMORY_BYTES, QUERIES, chunk_size
 from metaembed.runtime.known_models import KNOWN
 from metaembed.runtime.manifest import Bundle, Limits
 
@@ -63,10 +65,28 @@ def test_bf16_is_refused_on_turing(bundle):
     assert "--precision fp16" in sentence
 
 
-@pytest.mark.parametrize("target", ["orin", "h100", "thor"])
-def test_tensorrt_rtx_is_refused_where_it_has_no_kernels(bundle, target):
-    """TensorRT-RTX 1.7.1 refuses 8.7, 9.0 and 11.0 itself."""
-    assert "TensorRT-RTX has no support for compute capability" in refusal(bundle, target)
+@pytest.mark.parametrize("target", ["orin", "h100", "thor", "t4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tensorrt_rtx_is_refused_where_it_has_no_kernels(bundle, target, precision):
+    """TensorRT-RTX 1.7.1 refuses 8.7, 9.0 and 11.0 itself, and products in float32, as the scorer's are, for 7.5."""
+    sentence = refusal(bundle, target, changes={"precision": precision})
+    assert "TensorRT-RTX does not build these graphs for compute capability" in sentence
+    assert "to get a device kit" in sentence
+
+
+def test_fp8_in_two_steps_is_refused_where_the_builder_crashes(bundle):
+    """TensorRT-RTX 1.7.1 ends with SIGSEGV for 8.9; it builds INT8 in two steps, FP8 in one, fp32, and 12.0."""
+    fp8 = {"precision": "bf16", "quantization": {"type": "fp8", "in_two_steps": ["visual.merger.mlp.2"]}}
+    sentence = refusal(bundle, "l4", changes=fp8)
+    assert (
+        "crashes on FP8 in two steps over bf16 for compute capability 8.9 (groups of Linears here: 1); calibrate again"
+        in sentence
+    )
+    preflight(bundle, "rtx5090", changes=fp8)
+    preflight(bundle, "l4", changes={**fp8, "precision": "fp32"})
+    preflight(bundle, "l4", changes=fp8, flavour="tensorrt", version="10.15.1")
+    for recipe in ({"type": "fp8", "in_two_steps": []}, {"type": "fp8"}, {**fp8["quantization"], "type": "int8"}):
+        preflight(bundle, "l4", changes={**fp8, "quantization": recipe})
 
 
 @pytest.mark.parametrize(
@@ -99,7 +119,18 @@ def test_an_opset_beyond_the_parser_is_refused(bundle, tmp_path):
     preflight(newer, "orin", flavour="tensorrt", version="11.4.1")
     kit = {"flavour": "tensorrt", "version": None, "builds_here": False}
     assert "TensorRT 10.3.0 takes 20; export with --opset 20" in refusal(newer, "orin", **kit)
-    preflight(newer, "h100", **kit)  # takes any TensorRT: the build there checks the one it finds
+    preflight(newer, "h100", **kit)  # the kit installs one that parses it
+
+
+def test_a_kit_installs_a_tensorrt_that_parses_every_opset(bundle, monkeypatch):
+    """onnx-tensorrt's docs/operators.md: opset 20 up to release 10.14, 24 from 10.15. With an older pin the kit is refused."""
+    name, _, version = TENSORRT_PIN.partition("==")
+    assert name == "tensorrt-cu12"
+    assert tuple(map(int, version.split(".")[:2])) >= (10, 15)
+    monkeypatch.setattr("metaembed.export.preflight.KIT_TENSORRT", "10.2.0")
+    monkeypatch.setattr("metaembed.export.preflight.read_opset", lambda path: 23)
+    kit = {"flavour": "tensorrt", "version": None, "builds_here": False}
+    assert "TensorRT 10.2.0 takes 20" in refusal(bundle, "h100", **kit)
 
 
 def test_fp32_attention_is_refused_as_tensorrt_rtx_does(bundle):
@@ -115,6 +146,15 @@ def test_an_opset_is_refused_before_the_export_for_boards_of_jetpack_6_and_7_0()
             check_opset(find_device(target), 23)
         check_opset(find_device(target), 20)
     check_opset(find_device("a100"), 23)
+
+
+def test_attention_in_fp32_is_refused_before_the_export_where_tensorrt_rtx_builds():
+    for target in ("a100", "l4", "rtx5090"):
+        with pytest.raises(UsageError, match="no kernel for an Attention operator in fp32; .*--opset 20"):
+            check_opset(find_device(target), 23, "fp32")
+        check_opset(find_device(target), 23, "bf16")
+        check_opset(find_device(target), 20, "fp32")
+    check_opset(find_device("h100"), 23, "fp32")
 
 
 def test_the_opset_is_read_as_the_onnx_package_reads_it(bundle, tmp_path):
@@ -160,6 +200,9 @@ def test_counted_weights_are_those_of_the_demo_checkpoint(demo_folder, bundle):
     ours = count_weights(bundle.manifest.geometry)
     assert ours["vision"].matrices + ours["vision"].others == vision
     assert ours["language"].matrices + ours["language"].others == sum(counts.values()) - vision
+    linears = {name: count for name, count in counts.items() if len(sizes[name]) == 2 and "embed" not in name}
+    assert ours["vision"].matrices == sum(count for name, count in linears.items() if "visual" in name)
+    assert ours["language"].matrices == sum(count for name, count in linears.items() if "visual" not in name)
 
 
 @pytest.mark.parametrize(("model", "billions"), [("3b", 3.75), ("7b", 8.29), ("32b", 33.45)])
@@ -231,6 +274,21 @@ def test_estimated_activations_are_what_the_builder_stated(bundle, model, precis
     assert estimate_build(manifest, chosen, "tensorrt_rtx").activations == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize(("budget", "measured"), [(Budget(16, 64), 249_626_624), (Budget(8, 16), 230_465_536)])
+def test_estimated_activations_of_the_scorer_are_what_the_builder_stated(bundle, budget, measured):
+    """By TensorRT-RTX 1.7.1 in its log, for 128 dims."""
+    engine = scorer_engine(128, budget, QUERIES, chunk_size(MEMORY_BYTES, QUERIES, budget.query, budget.candidate, 128))
+    assert estimate_build(bundle.manifest, [engine], "tensorrt_rtx").activations == pytest.approx(measured, rel=0.05)
+
+
+def test_serving_takes_the_activations_of_every_open_engine(bundle):
+    engines = plan_engines(Sizes.of(bundle.manifest), BUDGETS)
+    single = [estimate_build(bundle.manifest, [engine], "tensorrt_rtx") for engine in engines]
+    both = estimate_build(bundle.manifest, engines, "tensorrt_rtx")
+    assert both.activations == pytest.approx(sum(one.activations for one in single), abs=2)
+    assert both.serving > sum(one.plans + one.activations for one in single)
+
+
 @pytest.mark.parametrize(
     ("graph", "plan", "peak"), [("vision", 1_359_083_004, 2_349_379_584), ("language", 6_232_459_972, 10_778_550_272)]
 )
@@ -293,4 +351,5 @@ def test_every_device_has_a_route_without_a_gpu():
         *(device.name for device in DEVICES if device.integrated),
         "h100",
         "h200",
+        "t4",
     }

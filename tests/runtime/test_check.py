@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.check import KINDS, Check, check_bundle, replay
+from metaembed.runtime.cli_check import main
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.errors import BundleError, ParityError
 from metaembed.runtime.golden import SIDES, golden_path, read_golden, write_golden
@@ -97,6 +100,20 @@ def test_half_a_check_fails(recording: Replayed, goldens: Goldens):
     whole = replay(recording, goldens, EXACT, "fp32")
     assert not Check("here", "fp32", vectors=whole.vectors)
     assert not Check("here", "fp32", rankings=whole.rankings)
+
+
+def test_what_was_not_replayed_is_said_wherever_the_verdict_is(
+    recording: Replayed, goldens: Goldens, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    check = dataclasses.replace(replay(recording, goldens, EXACT, "fp32"), not_replayed=(("candidate", 64),))
+    monkeypatch.setattr(Encoder, "open", lambda folder: contextlib.nullcontext())
+    monkeypatch.setattr("metaembed.runtime.check.check_bundle", lambda encoder, progress: check)
+    assert main(["out"]) == 0
+    table, _, verdict = capsys.readouterr().out.rstrip().rpartition("\n")
+    assert "candidate   64  not replayed" in table
+    assert verdict.endswith("on a recording; not replayed, for lack of a profile: candidate r=64")
+    assert main(["out", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["not_replayed"] == [{"side": "candidate", "r": 64}]
 
 
 def test_goldens_cover_the_sizes_that_the_contract_asks_for(goldens: Goldens):

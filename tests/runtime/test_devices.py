@@ -125,9 +125,9 @@ def test_jetson_boards_know_their_jetpacks_and_others_have_none():
     assert all(pack.source.startswith("https://") for pack in JETPACKS)
 
 
-def test_targets_without_an_ahead_of_time_builder_are_orin_hopper_and_thor():
+def test_targets_without_an_ahead_of_time_builder_are_turing_orin_hopper_and_thor():
     without = {device.capability for device in DEVICES if not device.builds_ahead}
-    assert without == {(8, 7), (9, 0), (11, 0)}
+    assert without == {(7, 5), (8, 7), (9, 0), (11, 0)}
     assert not without & set(RTX_CAPABILITIES)
 
 

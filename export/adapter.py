@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from metaembed.runtime.errors import BundleError, UsageError
 
-from .checkpoint import METAEMBED_KEYS, Checkpoint, Refs, list_some, read_config, read_json, read_tensors
+from .checkpoint import (
+    METAEMBED_KEYS,
+    Checkpoint,
+    Refs,
+    list_some,
+    read_config,
+    read_json,
+    read_tensors,
+    with_projection,
+)
 from .checkpoint_names import canonical_name
 from .safetensors_header import FLOAT_DTYPES, TensorRef, read_header
 from .safetensors_writer import SHARD_BYTES, Advance, TensorSpec, write_checkpoint
 
+T = TypeVar("T")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MERGE_VALUES = 1 << 22  # values merged at a time: 16 MiB in fp32
 
@@ -69,7 +80,7 @@ class Adapter:
 
         Raises:
             UsageError: no adapter, or one of a kind that is not plain LoRA; the kind is named.
-            BundleError: a file is damaged, or half of an update is missing.
+            BundleError: a file is damaged, half of an update is missing, or a tensor is stored twice.
         """
         folder = Path(folder)
         config = _read_adapter_config(folder)
@@ -78,12 +89,19 @@ class Adapter:
         for raw, ref in read_header((folder / ADAPTER_WEIGHTS).resolve()).items():
             match = _LORA.fullmatch(raw)
             if match:
-                halves.setdefault(match["module"], {})[match["side"]] = ref
+                _add(halves.setdefault(match["module"], {}), match["side"], ref, raw)
             elif (name := canonical_name(raw)) is not None:
-                replacements[name] = ref
-        updates = {canonical_name(f"{raw}.weight"): _update(raw, pair, config) for raw, pair in halves.items()}
-        used = {name: update for name, update in updates.items() if name is not None}
-        return cls(folder, _metaembed_keys(folder), used, replacements)
+                _add(replacements, name, ref, raw)
+        updates: dict[str, LoraUpdate] = {}
+        for raw, pair in halves.items():
+            update = _update(raw, pair, config)
+            if (name := canonical_name(f"{raw}.weight")) is not None:
+                _add(updates, name, update, raw)
+        return cls(folder, _metaembed_keys(folder), updates, replacements)
+
+    def configure(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The base's config.json with what the adapter says or shows of MetaEmbed's settings, which outranks it."""
+        return {**config, **with_projection(self.config, self.replacements)}
 
 
 def open_with_adapter(
@@ -124,8 +142,8 @@ def merge_adapter(
 
 
 def _apply_replacements(base: Path, adapter: Adapter) -> Checkpoint:
-    config = {**read_config(base), **adapter.config}
-    return Checkpoint.assemble(f"{base} with {adapter.folder}", config, {**read_tensors(base), **adapter.replacements})
+    tensors = {**read_tensors(base), **adapter.replacements}
+    return Checkpoint.assemble(f"{base} with {adapter.folder}", adapter.configure(read_config(base)), tensors)
 
 
 def _check_updates(checkpoint: Checkpoint, adapter: Adapter) -> None:
@@ -155,6 +173,13 @@ def _merged_pieces(name: str, *, checkpoint: Checkpoint, updates: Mapping[str, L
         yield merged.astype(piece.dtype)
 
 
+def _add(found: dict[str, T], key: str, value: T, raw: str) -> None:
+    """One more tensor; names of several generations may mean the same one, and none says which would count."""
+    if key in found:
+        raise BundleError(f"the adapter's {raw} is stored twice, also under another name; keep one of them")
+    found[key] = value
+
+
 def _update(raw: str, pair: Mapping[str, TensorRef], config: Mapping[str, Any]) -> LoraUpdate:
     if set(pair) != {"A", "B"}:
         raise BundleError(f"the adapter has lora_{''.join(pair)} of {raw} without its other half")
@@ -173,7 +198,10 @@ def _for_module(config: Mapping[str, Any], patterns: str, module: str, default: 
     name = module.removeprefix("base_model.model.")
     try:
         matching = (value for key, value in (config.get(patterns) or {}).items() if re.match(rf"(.*\.)?({key})$", name))
-        return float(next(matching, config[default]))
+        value = float(next(matching, config[default]))
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is not finite")
+        return value
     except (AttributeError, TypeError, ValueError, re.error) as error:
         raise BundleError(f"the adapter's {patterns} cannot be read ({error})") from None
 
@@ -197,8 +225,9 @@ def _read_adapter_config(folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"the adapter {folder} uses {' and '.join(refused)}, which cannot be merged; only plain LoRA can"
         )
-    if not all(isinstance(config.get(key), (int, float)) and config[key] > 0 for key in ("r", "lora_alpha")):
-        raise BundleError(f"{folder / ADAPTER_CONFIG} lacks a rank r or a lora_alpha above 0")
+    numbers = [config.get(key) for key in ("r", "lora_alpha")]
+    if not all(isinstance(number, (int, float)) and 0 < number < math.inf for number in numbers):
+        raise BundleError(f"{folder / ADAPTER_CONFIG} lacks a rank r or a finite lora_alpha above 0")
     return config
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import logging
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import onnx_ir as ir
+import tokenizers
 
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.check import Check
-from metaembed.runtime.errors import UsageError
+from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.frozen import frozen_name
-from metaembed.runtime.images import ImageRules
 from metaembed.runtime.manifest import (
     DEFAULT_OPSET,
     LANGUAGE,
@@ -36,18 +38,19 @@ from metaembed.runtime.text import Template, Tokenizer
 from metaembed.runtime.weights import place_file
 
 from .attention_parts import attend_in_parts
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint
 from .frozen import trace_frozen
 from .graph import WeightRef, attach_weights, check_operators, save_graph, widen_for_cpu
 from .models import ResolvedModel
 from .scorer import write_scorer
-from .source import Source, convert_weights, open_source
+from .source import Source, asset_folders, convert_weights, find_asset, open_source, read_processor
 from .trace import trace_language, trace_vision
 
 log = logging.getLogger(__name__)
 IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 NARROW = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
 LARGE = 1_000_000_000  # parameters from which parity is judged on few inputs
+STRANGE = re.compile(r"[^A-Za-z0-9_.-]")  # a colon, say, which the manifest refuses, or what Windows cannot store
 TOOLS = ("metaembed-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
@@ -120,9 +123,9 @@ def export_bundle(
         work = folder / "work"
         work.mkdir()
         progress.stage("reading the checkpoint")
+        limits = _write_assets(request, folder)  # before merged or random weights, gigabytes, are written
         source = open_source(request.model, work / "model", random_seed=request.random_seed, advance=progress.advance)
         checkpoint = convert_weights(source.checkpoint, request.precision, work / "converted", progress.advance)
-        limits = _write_assets(request, source, folder)
         if limits != request.limits:
             progress.stage(
                 f"images are scaled to at most {limits.image_tokens} visual tokens, not {request.limits.image_tokens}: "
@@ -147,15 +150,20 @@ def place_weights(
     """Bring the checkpoint's files into ``weights/``, each once, and say where each tensor then lies."""
     (folder / "weights").mkdir()
     places: dict[Path, str] = {}
-    for number, source in enumerate(checkpoint.files):
-        name = f"{source.stem}.safetensors"  # a hub cache's blobs have no suffix
-        taken = f"weights/{name}" in places.values()
-        places[source] = f"weights/{number}-{name}" if taken else f"weights/{name}"
+    for source in checkpoint.files:
+        places[source] = _free_name(source.stem, places.values())
         log.info("%s %s", place_file(source, folder / places[source], advance), source)
     return {
         name: WeightRef(places[ref.path], ref.offset, ref.nbytes, IR_DTYPES[ref.dtype], tuple(ref.shape))
         for name, ref in checkpoint.tensors.items()
     }
+
+
+def _free_name(stem: str, taken: Collection[str]) -> str:
+    """A shard's place in the bundle: its own name, or with a number in front where another shard has that."""
+    name = f"{STRANGE.sub('_', stem)}.safetensors"  # a hub cache's blobs have no suffix
+    numbered = (f"weights/{number}-{name}" for number in itertools.count(1))
+    return next(place for place in itertools.chain([f"weights/{name}"], numbered) if place not in taken)
 
 
 def write_graphs(
@@ -228,14 +236,26 @@ def _tool_versions() -> dict[str, str]:
     return found
 
 
-def _write_assets(request: ExportRequest, source: Source, folder: Path) -> Limits:
-    """Tokenizer and image rules, read back at once: a damaged one should not be found after minutes of tracing.
+def _write_assets(request: ExportRequest, folder: Path) -> Limits:
+    """Tokenizer and image rules, read back at once: a damaged one should not be found after minutes of work.
 
     Returns the limits that hold: the request's, or the image processor's where that allows less.
     """
-    shutil.copyfile(source.asset(TOKENIZER), folder / TOKENIZER)
+    assets = asset_folders(request.model, random=request.random_seed is not None)
+    shutil.copyfile(find_asset(assets, TOKENIZER), folder / TOKENIZER)
     Tokenizer(folder / TOKENIZER, Template())
-    config = read_json(source.asset("preprocessor_config.json"))
-    rules = ImageRules.from_config(config, request.limits.image_tokens)
+    _check_ids(folder / TOKENIZER, request.model.geometry.text.vocab)
+    rules = read_processor(assets, request.limits.image_tokens)
     write_image_rules(rules, folder / PROCESSOR)
     return replace(request.limits, image_tokens=rules.max_tokens)
+
+
+def _check_ids(tokenizer: Path, vocab: int) -> None:
+    """A BundleError for a tokenizer with an id that the model's token table has no row for."""
+    ids = tokenizers.Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True)
+    token, largest = max(ids.items(), key=lambda item: item[1])
+    if largest >= vocab:
+        raise BundleError(
+            f"the tokenizer gives {token!r} the id {largest}, and the model's token table has {vocab} rows; "
+            f"copy {TOKENIZER} from the base model"
+        )

@@ -50,7 +50,7 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> Checkpoint:
         """Read a HF folder: config.json with one model.safetensors or with shards and their index.
 
-        The Meta Tokens may lie among the model's tensors or in a safetensors file of their own beside them.
+        Meta Tokens and projection may lie among the model's tensors or in safetensors files of their own beside them.
 
         Raises:
             UsageError: no checkpoint, or one of a kind that cannot be exported.
@@ -62,7 +62,7 @@ class Checkpoint:
     @classmethod
     def assemble(cls, origin: str, config: Mapping[str, Any], refs: Refs) -> Checkpoint:
         """Check tensors against what config.json describes; ``origin`` is named in errors."""
-        config = _with_projection(config, refs)
+        config = with_projection(config, refs)
         geometry = Geometry.from_config(config)
         expected = expected_tensors(geometry)
         _check_tensors(origin, expected, refs)
@@ -134,10 +134,10 @@ def read_tensors(folder: Path) -> Refs:
 
 
 def _model_tensors(folder: Path) -> Refs:
+    if (folder / SINGLE).is_file():  # before an index beside it, as transformers has it
+        return merge_headers([(folder / SINGLE).resolve()])
     if (folder / INDEX).is_file():
         return _collect_shards(folder)
-    if (folder / SINGLE).is_file():
-        return merge_headers([(folder / SINGLE).resolve()])
     raise UsageError(f"{folder} has neither {SINGLE} nor {INDEX}{_adapter_hint(folder) or _pickle_hint(folder)}")
 
 
@@ -178,18 +178,20 @@ def _shard_path(folder: Path, name: str) -> Path:
 
 def _separate_meta(folder: Path, refs: Refs) -> Refs:
     """Meta Tokens and projection from safetensors files that hold nothing else, where the model's own lack them."""
-    if META_TABLE in refs:
-        return {}
     model_files = {ref.path for ref in refs.values()}
     others = [path.resolve() for path in sorted(folder.glob("*.safetensors")) if path.resolve() not in model_files]
-    return merge_headers(path for path in others if all(_is_meta(raw) for raw in read_header(path)))
+    found = merge_headers(
+        path for path in others if _adds_meta({canonical_name(raw) for raw in read_header(path)}, refs)
+    )
+    return {name: ref for name, ref in found.items() if name not in refs}
 
 
-def _is_meta(raw: str) -> bool:
-    return (canonical_name(raw) or "").startswith(META_MODULES)
+def _adds_meta(names: set[str | None], refs: Refs) -> bool:
+    """Whether these are names of Meta Tokens and projection alone, and ``refs`` lacks some."""
+    return all((name or "").startswith(META_MODULES) for name in names) and not names <= set(refs)
 
 
-def _with_projection(config: Mapping[str, Any], refs: Refs) -> dict[str, Any]:
+def with_projection(config: Mapping[str, Any], refs: Refs) -> dict[str, Any]:
     """A base's config.json cannot know of the projection that MetaEmbed added; its tensor tells."""
     weight = refs.get("custom_text_proj.weight")
     if "dim" not in config and weight is not None and weight.shape:

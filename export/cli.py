@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metaembed.runtime.budget import parse_budgets
 from metaembed.runtime.command import Parser, byte_bar, natural, progress, run_command
-from metaembed.runtime.devices import DEVICES, find_device
+from metaembed.runtime.devices import DEVICES, Device, find_device
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.golden import SIDES
 from metaembed.runtime.manifest import DEFAULT_OPSET, OPSETS, Limits
@@ -20,6 +21,9 @@ from metaembed.runtime.staging import check_output, scratch_folder
 
 from .cli_build import main as build
 from .preflight import check_opset, check_types
+
+if TYPE_CHECKING:
+    from .models import ResolvedModel
 
 CANDIDATES = 100_000  # the corpus that a dry run sizes an index for
 
@@ -71,8 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data", metavar="DIR|FILE.jsonl|demo", help="calibration inputs for --quantize (docs/calibration.md)")
     add("--dry-run", action="store_true", help="check the request and print what it takes; write nothing")
     add("--freeze", action="append", choices=SIDES, help="also a language graph with this side's budgets built in")
-    add("--parity", choices=("full", "quick"), help="inputs to judge on (default: full; quick from 1e9 parameters on)")
-    add("--no-parity", action="store_true", help="skip the comparison with Hugging Face; the bundle says 'unverified'")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either(
+        "--parity", choices=("full", "quick"), help="inputs to judge on (default: full; quick from 1e9 parameters on)"
+    )
+    either(
+        "--no-parity", action="store_true", help="skip the comparison with Hugging Face; the bundle says 'unverified'"
+    )
     parser.add_common()
     return run_command(parser, run, argv)
 
@@ -89,17 +98,18 @@ def run(args: argparse.Namespace) -> int:
     _check_options(args)
     budgets = parse_budgets(args.budget, geometry.query_tokens, geometry.candidate_tokens)
     limits = Limits(args.max_image_tokens, args.max_text_tokens)
-    output = args.output or Path(f"{Path(model.name).name}-bundle")
+    output = args.output or Path(f"{Path(os.path.abspath(model.name)).name}-bundle")  # of '.', the folder's name
+    check_output(output, force=args.force)
+    if args.random_weights is None and not args.dry_run:
+        model.require_base()
+    _check_images(model, limits, random=args.random_weights is not None)
+    calibration = _read_calibration(args, limits)
     if args.dry_run:
         plan = make_plan(model.name, geometry, budgets, CANDIDATES, max_image_tokens=limits.image_tokens)
         found = "random weights" if args.random_weights is not None else model.base or "none were found"
         print(f"graphs: vision.onnx, language.onnx, one set of weights ({found})\n{describe(plan)}")
         print(describe_fits(plan, devices or DEVICES))
         return 0
-    check_output(output, force=args.force)
-    if args.random_weights is None:
-        model.require_base()
-    calibration = _read_calibration(args, limits)
 
     from .bundle import ExportRequest, export_bundle  # torch, once the request is known to make sense
 
@@ -127,7 +137,13 @@ def run(args: argparse.Namespace) -> int:
             calibrate(scratch / "float", calibration, output, force=args.force, quiet=args.quiet)
     served = " ".join(map(str, budgets))
     print(f"{output}: budgets {served}; {'parity passed' if check else 'unverified (parity was skipped)'}")
-    return build([str(output), *(f"--target={device.name}" for device in devices)]) if devices else 0
+    return build(_build_words(args, output, devices)) if devices else 0
+
+
+def _build_words(args: argparse.Namespace, output: Path, devices: Sequence[Device]) -> list[str]:
+    """metaembed-build's command line for the new bundle: the targets, and the flags that both commands have."""
+    flags = [f"--{name}" for name in ("force", "quiet", "verbose") if getattr(args, name)]
+    return [str(output), *(f"--target={device.name}" for device in devices), *flags]
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -138,6 +154,14 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError(f"--quantize {args.quantize} needs --data: a folder of images, a JSONL file, or demo")
     if args.data and not args.quantize:
         raise UsageError("--data is what --quantize int8 or --quantize fp8 calibrates on; give one of them too")
+
+
+def _check_images(model: ResolvedModel, limits: Limits, *, random: bool) -> None:
+    """A limit that no image could keep to; of a known size without weights there is no processor to ask."""
+    from .source import asset_folders, read_processor
+
+    if random or model.base is not None:
+        read_processor(asset_folders(model, random=random), limits.image_tokens)
 
 
 def _read_calibration(args: argparse.Namespace, limits: Limits) -> Any:

@@ -16,8 +16,9 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.known_models import KNOWN, KnownModel
+from metaembed.runtime.manifest import check_name
 
-from .adapter import ADAPTER_CONFIG, open_with_adapter
+from .adapter import ADAPTER_CONFIG, Adapter, open_with_adapter
 from .checkpoint import Checkpoint, has_weights, read_config, read_json
 from .safetensors_writer import Advance
 
@@ -31,7 +32,10 @@ Folder = str | Path
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """What MODEL stands for. Without weights ``base`` is None, and ``looked`` tells where they were sought."""
+    """What MODEL stands for. Without weights ``base`` is None, and ``looked`` tells where they were sought.
+
+    ``config`` is the base's, with the adapter's MetaEmbed settings.
+    """
 
     name: str
     config: Mapping[str, Any]
@@ -76,11 +80,12 @@ def resolve_model(model: str, *, base: Folder | None = None, adapter: Folder | N
     that is a PEFT adapter takes ``base``, or the base that it names itself. Nothing is downloaded.
 
     Raises:
-        UsageError: no such model, or a base of another size than the name says.
+        UsageError: no such model, a base of another size than the name says, or no adapter where one is named.
+        BundleError: config.json or a file of the adapter is damaged.
     """
     if model.lower() in KNOWN:
         return _resolve_known(KNOWN[model.lower()], base, adapter)
-    if model == DEMO:
+    if model.lower() == DEMO:
         return _resolve_folder(DEMO, DEMO_FOLDER, base, adapter)
     if Path(model).is_dir() or _HUB_ID.fullmatch(model):
         return _resolve_folder(model, find_folder(model), base, adapter)
@@ -91,6 +96,7 @@ def resolve_model(model: str, *, base: Folder | None = None, adapter: Folder | N
 
 def find_folder(place: Folder) -> Path:
     """A folder as it is, or the folder of a hub id in the local cache."""
+    check_name(Path(place))
     if Path(place).is_dir():
         return Path(place)
     cached = _cached_folder(str(place))
@@ -111,24 +117,35 @@ def _resolve_known(known: KnownModel, base: Folder | None, adapter: Folder | Non
     else:
         hub = f"{known.base} in the hub cache {constants.HF_HUB_CACHE}"
         home_place = f"{HOME} ({os.environ.get(HOME) or 'not set'})"
-        return ResolvedModel(known.name, known.config, None, _adapter_path(adapter), ("--base", home_place, hub))
+        return _with_adapter(known.name, known.config, None, adapter, ("--base", home_place, hub))
     _check_size(found, known)
     return found
 
 
 def _resolve_folder(name: str, folder: Path, base: Folder | None, adapter: Folder | None) -> ResolvedModel:
     """A checkpoint with or without ``adapter``; or an adapter with ``base`` or the base that it names."""
+    check_name(folder)
     if has_weights(folder) or not (folder / ADAPTER_CONFIG).is_file():
         if base is not None:
             raise UsageError(f"{name} is a whole checkpoint; --base goes with {', '.join(KNOWN)} or an adapter folder")
-        return ResolvedModel(name, read_config(folder), folder, _adapter_path(adapter))
+        return _with_adapter(name, read_config(folder), folder, adapter)
     if adapter is not None:
         raise UsageError(f"{folder} is an adapter itself; name its base with --base and drop --adapter")
     base = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, (str, Path)):
         raise UsageError(f"{folder} is an adapter that does not name its base model; name it with --base")
     found = find_folder(base)
-    return ResolvedModel(name, read_config(found), found, folder)
+    return _with_adapter(name, read_config(found), found, folder)
+
+
+def _with_adapter(
+    name: str, config: Mapping[str, Any], base: Path | None, adapter: Folder | None, looked: tuple[str, ...] = ()
+) -> ResolvedModel:
+    """The model as the adapter, if there is one, configures it; its headers are read and nothing else."""
+    if adapter is None:
+        return ResolvedModel(name, config, base, None, looked)
+    folder = find_folder(adapter)
+    return ResolvedModel(name, Adapter.open(folder).configure(config), base, folder, looked)
 
 
 def _check_size(found: ResolvedModel, known: KnownModel) -> None:
@@ -151,7 +168,3 @@ def _cached_folder(hub_id: str) -> Path | None:
         return Path(snapshot_download(hub_id, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-
-
-def _adapter_path(adapter: Folder | None) -> Path | None:
-    return None if adapter is None else find_folder(adapter)

@@ -12,9 +12,10 @@ from metaembed.runtime.budget import Budget
 from metaembed.runtime.check import Check, check_bundle
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.golden import SIDES, GoldenItem, golden_path, write_golden
-from metaembed.runtime.manifest import Limits
+from metaembed.runtime.manifest import PROCESSOR, Limits
+from metaembed.runtime.processor import read_image_rules
 
-from .golden import golden_items, quick_items
+from .golden import golden_items, quick_items, within_rules
 from .reference import Reference
 
 Batches = list[list[GoldenItem]]
@@ -33,11 +34,12 @@ def write_goldens(
     inputs: str = "full",
 ) -> None:
     """Encode golden inputs (``full`` or ``quick``) with the reference; store them at the largest budget of each side."""
+    rules = read_image_rules(folder / PROCESSOR)
     for side in SIDES:
         items = INPUTS[inputs](
             side, limits.image_tokens, lambda text: reference.count_tokens(text) <= limits.text_tokens
         )
-        batches = _batches(items, together=reference.streamed)
+        batches = _batches(within_rules(items, rules), together=reference.streamed)
         embeddings = [reference.encode(side, batch) for batch in track(batches, f"reference, {side}")]
         most = max(getattr(budget, side) for budget in budgets)
         write_golden(folder / golden_path(side), list(chain(*batches)), np.concatenate(embeddings)[:, :most])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from metaembed.runtime.errors import UsageError
+from metaembed.runtime.images import ImageRules
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .models import DEMO_FOLDER, ResolvedModel
 from .random_weights import write_random_checkpoint
 from .safetensors_header import FLOAT_DTYPES
@@ -32,12 +33,35 @@ class Source:
 
     def asset(self, name: str) -> Path:
         """tokenizer.json and the like; the adapter's own comes before the base's."""
-        for folder in self.assets:
-            if (folder / name).is_file():
-                return folder / name
-        where = " nor ".join(str(folder) for folder in self.assets)
-        raise UsageError(f"neither {where} has {name}; copy it from the base model" if len(self.assets) > 1 else
-                         f"{where} has no {name}; copy it from the base model")  # fmt: skip
+        return find_asset(self.assets, name)
+
+
+def asset_folders(model: ResolvedModel, *, random: bool) -> tuple[Path, ...]:
+    """Where the model's tokenizer and processor may lie; empty for a known size whose weights were not found."""
+    own = tuple(folder for folder in (model.adapter, model.base) if folder is not None)
+    if random and model.base is None:
+        return (*own, DEMO_FOLDER)  # made-up weights read made-up text: the demo's tokenizer will do
+    return own
+
+
+def find_asset(folders: Sequence[Path], name: str) -> Path:
+    """A file of the first folder that has it; a UsageError when none does."""
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    where = " nor ".join(str(folder) for folder in folders)
+    raise UsageError(f"neither {where} has {name}; copy it from the base model" if len(folders) > 1 else
+                     f"{where} has no {name}; copy it from the base model")  # fmt: skip
+
+
+def read_processor(folders: Sequence[Path], image_tokens: int) -> ImageRules:
+    """The rules of preprocessor_config.json for images of at most ``image_tokens``.
+
+    Raises:
+        UsageError: there is none, or the model's smallest image is larger than that.
+        BundleError: it is damaged, or asks for what this version does not do.
+    """
+    return ImageRules.from_config(read_json(find_asset(folders, "preprocessor_config.json")), image_tokens)
 
 
 def open_source(
@@ -48,9 +72,8 @@ def open_source(
     Raises:
         UsageError, BundleError: no weights, or weights that make no checkpoint of this model.
     """
-    assets = tuple(folder for folder in (model.adapter, model.base) if folder is not None)
+    assets = asset_folders(model, random=random_seed is not None)
     if random_seed is not None:
-        assets = assets or (DEMO_FOLDER,)  # made-up weights read made-up text: the demo's tokenizer will do
         return Source(write_random_checkpoint(model.config, random_seed, work, advance=advance), work, assets)
     checkpoint = model.open(work, advance=advance)
     return Source(checkpoint, work if work.exists() else model.require_base(), assets)

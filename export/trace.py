@@ -34,13 +34,14 @@ EXAMPLE = {"i": 2, "w": 3, "b": 5, "t": 23, "p": 23, "m": 32, "r": 7}
 def trace_vision(geometry: Geometry, precision: str = "fp32", opset: int = DEFAULT_OPSET) -> ir.Model:
     """The vision graph of CONTRIBUTING.md, optimised; weights carry names and shapes but no values."""
     whole = [block in geometry.vision.full_attention_blocks for block in range(geometry.vision.depth)]
-    kinds = [whole[0], False, True]  # traced: the first block, then one of each kind
+    others = sorted(set(whole[1:]))
+    kinds = [whole[0], *others]  # traced: the first block, then one of each kind that follows
     full = tuple(block for block, kind in enumerate(kinds) if kind)
     vision = replace(geometry.vision, depth=len(kinds), full_attention_blocks=full)
     if geometry.vision.depth <= len(kinds):
         return trace_whole_vision(geometry, precision, opset)
     model = trace_whole_vision(replace(geometry, vision=vision), precision, opset)
-    repeat_layers(model, "visual.blocks", [0, *(2 if kind else 1 for kind in whole[1:])])
+    repeat_layers(model, "visual.blocks", [0, *(1 + others.index(kind) for kind in whole[1:])])
     return model
 
 

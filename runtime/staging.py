@@ -25,7 +25,13 @@ def check_output(output: Path, *, force: bool) -> None:
     check_name(output)
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UsageError(f"{output} exists and is not a folder; choose another output with -o")
-    if not output.exists() or not any(output.iterdir()):
+    if not output.exists():
+        return
+    if os.path.ismount(output):
+        raise UsageError(f"{output} is a mount point, which cannot be replaced as a whole; choose a folder inside it")
+    if os.path.samefile(output, "."):
+        raise UsageError(f"{output} is the current folder, which would be replaced; choose another output with -o")
+    if not any(output.iterdir()):
         return
     if not _is_bundle(output):
         raise UsageError(f"{output} exists and is no bundle, so it is not replaced; choose another output with -o")

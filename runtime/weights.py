@@ -17,11 +17,16 @@ def place_file(source: Path, target: Path, on_bytes: Callable[[int], object] = l
     """Make ``target`` hold what ``source`` holds; returns how: ``linked``, ``reflinked`` or ``copied``.
 
     A symbolic link is followed first: ONNX Runtime refuses links as external data.
+
+    Raises:
+        FileExistsError: the target is there already; it is left as it is.
     """
     source = source.resolve()
     for method, attempt in (("linked", os.link), ("reflinked", _reflink)):
         try:
             attempt(source, target)
+        except FileExistsError:
+            raise
         except OSError:  # another file system, or one that cannot
             target.unlink(missing_ok=True)
             continue

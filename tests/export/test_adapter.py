@@ -180,6 +180,8 @@ REFUSED = {
     "lora_alpha": {"lora_alpha": None},
     "rank_pattern": {"rank_pattern": {"(": 4}},
     "alpha_pattern": {"alpha_pattern": {"q_proj": "six"}},
+    "finite lora_alpha": {"lora_alpha": float("inf")},
+    "inf is not finite": {"alpha_pattern": {"q_proj": float("inf")}},
 }
 
 
@@ -225,6 +227,18 @@ WRONG = {
     "half": (lambda t: {n: v for n, v in t.items() if n != pick(t, "lora_B.weight")}, ("other half",)),
     "no product": (lambda t: t | {pick(t, "k_proj.lora_B.weight"): torch.zeros(16, 3)}, ("no matrix product",)),
     "more": (lambda t: t | {"base_model.model.adapter.weight": torch.zeros(2)}, ("adapter.weight",)),
+    "two updates": (
+        lambda t: t | {n.replace("language_model.", ""): v.clone() for n, v in t.items() if "1.self_attn.q_proj" in n},
+        ("self_attn.q_proj", "stored twice"),
+    ),
+    "two halves": (
+        lambda t: t | {pick(t, "q_proj.lora_A.weight").replace("_A.", "_A.default."): torch.zeros(4, 48)},
+        ("lora_A", "stored twice"),
+    ),
+    "two norms": (
+        lambda t: t | {f"base_model.model.model.{part}norm.weight": torch.ones(48) for part in ("", "language_model.")},
+        ("norm.weight", "stored twice"),
+    ),
     "magnitude": (lambda t: t | {"base_model.model.x.lora_magnitude_vector": torch.zeros(2)}, ("lora_magnitude",)),
 }
 

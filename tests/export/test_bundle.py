@@ -81,6 +81,31 @@ def test_shards_of_one_name_from_two_folders_stay_apart(demo_folder: Path, tmp_p
         assert (tmp_path / "bundle" / ref.location).is_file()
 
 
+@pytest.mark.parametrize("first", ["1-model", "2-model"])
+def test_a_shard_is_never_placed_over_another(demo_folder: Path, tmp_path: Path, first: str):
+    """A number put in front of one name may make another that is there. Expected: each file's own last byte."""
+    checkpoint = Checkpoint.open(demo_folder)
+    paths = [tmp_path / "a" / first, tmp_path / "b" / "model", tmp_path / "c" / "model"]
+    names = dict(zip(list(checkpoint.tensors)[:3], paths, strict=True))
+    for place, path in enumerate(paths):
+        path.parent.mkdir()
+        path.write_bytes(bytes([place]))
+    tensors = {name: replace(checkpoint.tensors[name], path=path) for name, path in names.items()}
+    (tmp_path / "bundle").mkdir()
+    refs = place_weights(replace(checkpoint, tensors=tensors), tmp_path / "bundle")
+    assert [(tmp_path / "bundle" / ref.location).read_bytes() for ref in refs.values()] == [b"\0", b"\1", b"\2"]
+
+
+def test_a_blob_gets_a_name_that_the_manifest_allows(demo_folder: Path, tmp_path: Path):
+    """Some caches name blobs by their digest; a manifest takes no colon."""
+    checkpoint, blob = Checkpoint.open(demo_folder), tmp_path / "sha256:0a\udcff"
+    blob.write_bytes(b"x")
+    name, ref = next(iter(checkpoint.tensors.items()))
+    (tmp_path / "bundle").mkdir()
+    refs = place_weights(replace(checkpoint, tensors={name: replace(ref, path=blob)}), tmp_path / "bundle")
+    assert refs[name].location == "weights/sha256_0a_.safetensors"
+
+
 def test_write_manifest_records_what_is_there(demo_bundle: Path, tmp_path: Path):
     manifest = Bundle.open(demo_bundle, verify=False).manifest
     (tmp_path / "engines").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -90,6 +91,30 @@ def test_projection_is_read_from_its_tensor_when_the_config_is_the_base_s(folder
     extra = {"custom_text_proj.weight": torch.zeros(5, 48), "custom_text_proj.bias": torch.zeros(5)}
     rewrite(folder, lambda tensors: tensors | extra)
     assert Checkpoint.open(folder).geometry.dim == 5
+
+
+def test_projection_in_a_file_beside_a_model_that_holds_its_meta_tokens_is_found(folder):
+    weight = torch.arange(240.0).reshape(5, 48)
+    extra = {"custom_text_proj.weight": weight, "custom_text_proj.bias": torch.zeros(5)}
+    save_file(extra, folder / "custom_text_proj.safetensors")
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.geometry.dim == 5
+    np.testing.assert_array_equal(checkpoint.read("custom_text_proj.weight"), weight)
+
+
+def test_what_the_model_holds_outranks_files_beside_it(folder):
+    for copy in ("first", "second"):
+        save_file({META: torch.ones(10, 48)}, folder / f"{copy}.safetensors")
+    assert Checkpoint.open(folder).tensors[META].path == folder / "model.safetensors"
+
+
+def test_one_file_outranks_an_index_beside_it(tmp_path, folder, tiny_config):
+    """Expected: what transformers loads from such a folder."""
+    write_random_checkpoint(tiny_config, 1, tmp_path / "sharded", shard_bytes=60_000)
+    shutil.copy(folder / "model.safetensors", tmp_path / "sharded")
+    model = Qwen2_5_VLModel.from_pretrained(tmp_path / "sharded", dtype=torch.bfloat16)
+    read = Checkpoint.open(tmp_path / "sharded").read(TABLE)
+    np.testing.assert_array_equal(read.view(np.int16), as_bits(model.state_dict()[TABLE]))
 
 
 def test_float_types_may_be_mixed(folder):

@@ -222,6 +222,76 @@ def test_failed_parity_leaves_no_bundle(refused: Callable[..., str], cheap: pyte
     assert "parity failed" in refused(1, "--model", "demo", "--budget", "8,16")
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--max-image-tokens", "3"), "needs 4"),
+        (("--quantize", "int8", "--data", "nowhere.jsonl"), "nowhere.jsonl is missing"),
+        (("--adapter", "."), "no PEFT adapter"),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_dry_run_refuses_what_the_export_would(refused: Callable[..., str], argv: tuple[str, ...], words: str):
+    """The demo's processor makes no image of less than 56 x 56 pixels, 4 tokens."""
+    assert words in refused(2, "--model", "demo", "--budget", "8,16", "--dry-run", *argv)
+
+
+def test_a_dry_run_refuses_an_output_that_exists(output: Path, capsys: pytest.CaptureFixture[str]):
+    output.write_text("precious")
+    assert main(["--model", "demo", "--budget", "8,16", "--dry-run", "-o", str(output)]) == 2
+    assert "not a folder" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_a_known_size_needs_no_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("METAEMBED_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main(["--model", "7b", "--budget", "8,16", "--dry-run"]) == 0
+
+
+def test_two_words_on_parity(refused: Callable[..., str]):
+    assert "--no-parity" in refused(2, "--model", "demo", "--budget", "8,16", "--parity", "full", "--no-parity")
+
+
+@pytest.mark.parametrize("seed", [(), ("--random-weights", "0")], ids=["own", "random"])
+@pytest.mark.parametrize(
+    ("rows", "limit", "code", "words"),
+    [(642, "1024", 1, "642 rows"), (704, "3", 2, "needs 4")],
+    ids=["tokenizer", "images"],
+)
+def test_tokenizer_and_image_limit_are_judged_before_weights_are_opened_or_made(
+    refused: Callable[..., str],
+    cheap: pytest.MonkeyPatch,
+    checkpoint: Path,
+    rows: int,
+    limit: str,
+    code: int,
+    words: str,
+    seed: tuple[str, ...],
+):
+    """The demo's last id is 642 (video_token_id of its config.json); its processor makes no image of less than 4 tokens."""
+    cheap.setattr(bundle_module, "open_source", lambda *_, **__: pytest.fail("weights were opened"))
+    config = json.loads((checkpoint / "config.json").read_bytes())
+    config["text_config"]["vocab_size"] = rows
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert words in refused(code, "--model", checkpoint, "--budget", "1,1", "--max-image-tokens", limit, *seed)
+
+
+@pytest.mark.parametrize("flags", [[], ["--force", "--quiet", "--verbose"]], ids=["none", "all"])
+def test_the_build_hears_the_flags_that_it_shares(output: Path, cheap: pytest.MonkeyPatch, flags: list[str]):
+    heard: list[str] = []
+    cheap.setattr("metaembed.export.cli.build", lambda argv: heard.extend(argv) or 0)
+    command = ["--model", "demo", "--budget", "1,1", "--no-parity", "--target", "a100-80gb", "-o", str(output)]
+    assert main([*command, *flags]) == 0
+    assert heard == [str(output), "--target=a100-80gb", *flags]
+
+
+def test_the_current_folder_as_model_names_the_bundle(cheap: pytest.MonkeyPatch, checkpoint: Path):
+    cheap.chdir(checkpoint)
+    assert main(["--model", ".", "--budget", "1,1", "--no-parity", "--quiet"]) == 0
+    assert (checkpoint / "checkpoint-bundle" / "bundle.json").is_file()
+
+
 CODE = "import sys; from metaembed.export.cli import main; sys.exit(main(sys.argv[1:]))"
 
 

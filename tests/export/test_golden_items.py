@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from metaembed.export.golden import TEXTS, golden_items, quick_items
+from metaembed.export.golden import TEXTS, golden_items, quick_items, within_rules
 from metaembed.runtime.golden import SIDES, GoldenItem
+from metaembed.runtime.images import ImageRules
 from metaembed.runtime.parity import RANKS
 
 
@@ -26,6 +28,28 @@ def test_there_is_enough_of_each_kind_within_the_limits(
     assert max(areas) <= image_tokens
     if choose is golden_items:
         assert max(areas) >= int(np.sqrt(image_tokens)) ** 2, "the largest square that the limit allows"
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("limit", [4, 5, 6, 7, 30])
+@pytest.mark.parametrize("choose", [golden_items, quick_items])
+def test_small_images_that_the_processor_enlarges_beyond_the_limit_are_left_out(
+    choose: Callable[..., list[GoldenItem]], side: str, limit: int
+):
+    """Expected: transformers' smart_resize. 30 x 45 pixels, 2 tokens, become 6 where 56 x 56 is the least."""
+    items = within_rules(choose(side, limit), ImageRules(min_pixels=56 * 56, max_pixels=limit * 28 * 28))
+    for image in (item.image for item in items if item.image is not None):
+        height, width = smart_resize(
+            max(28, image.height), max(28, image.width), min_pixels=56 * 56, max_pixels=limit * 28 * 28
+        )
+        assert height * width <= limit * 28 * 28, image.size
+    assert len(items) > (RANKS if side == "candidate" else 0)
+    assert {item.kind for item in items} == {"text", "image", "image + text"}
+
+
+def test_the_full_limits_leave_no_image_out():
+    items = golden_items("query", 1024)
+    assert within_rules(items, ImageRules(min_pixels=56 * 56, max_pixels=1024 * 28 * 28)) == items
 
 
 def test_the_full_limits_take_every_text():

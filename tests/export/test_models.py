@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from metaembed.export.models import DEMO_FOLDER, resolve_model
 from metaembed.export.random_weights import write_random_checkpoint
@@ -25,8 +28,9 @@ def write_model(folder, config, **changes):
     return write_random_checkpoint({**config, **changes}, 0, folder)
 
 
-def write_adapter(folder, **settings):
+def write_adapter(folder, tensors=None, **settings):
     folder.mkdir()
+    save_file(tensors or {}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1} | settings))
 
 
@@ -94,9 +98,62 @@ def test_adapter_folder_finds_the_base_that_it_names(tmp_path, tiny):
     assert resolve_model("tiny", adapter="lora").adapter.resolve() == tmp_path / "lora"
 
 
+def test_the_adapter_s_metaembed_settings_outrank_the_base_s(tmp_path, tiny):
+    """Expected: the tokens and dims written here; the base has 3, 7 and 48."""
+    write_model(tmp_path / "mine", tiny)
+    tensors = {
+        "base_model.model.prompt_embed_tokens.weight": torch.ones(12, 48),
+        "base_model.model.custom_text_proj.weight": torch.ones(5, 48),
+        "base_model.model.custom_text_proj.bias": torch.ones(5),
+    }
+    write_adapter(tmp_path / "lora", tensors)
+    (tmp_path / "lora" / "config.json").write_text('{"num_query_prompt_tokens": 4, "num_doc_prompt_tokens": 8}')
+    for found in (
+        resolve_model("lora", base="mine"),
+        resolve_model("mine", adapter="lora"),
+        resolve_model("tiny", base="mine", adapter="lora"),
+        resolve_model("tiny", adapter="lora"),  # no weights at all
+    ):
+        geometry = found.geometry
+        assert (geometry.query_tokens, geometry.candidate_tokens, geometry.dim) == (4, 8, 5)
+    random = write_random_checkpoint(found.config, 0, tmp_path / "random")
+    assert random.tensors["prompt_embed_tokens.weight"].shape == (12, 48)
+    assert resolve_model("mine", adapter="lora").open(tmp_path / "merged").geometry == geometry
+
+
+def test_projection_of_an_adapter_for_a_known_size_without_weights(tmp_path):
+    """Its config.json, as we ship it, says that there is none."""
+    tensors = {"custom_text_proj.weight": torch.ones(6, 3584), "custom_text_proj.bias": torch.ones(6)}
+    write_adapter(tmp_path / "lora", tensors)
+    assert resolve_model("7b", adapter="lora").geometry.dim == 6
+
+
+def test_an_adapter_that_cannot_be_exported_is_refused_before_anything_is_opened(tmp_path, tiny):
+    write_model(tmp_path / "mine", tiny)
+    write_adapter(tmp_path / "lora")
+    (tmp_path / "lora" / "config.json").write_text('{"use_bidirectional_attention": true}')
+    with pytest.raises(UsageError, match="bidirectionally"):
+        _ = resolve_model("mine", adapter="lora").geometry
+    with pytest.raises(UsageError, match="no PEFT adapter"):
+        resolve_model("tiny", adapter="mine")
+
+
+@pytest.mark.parametrize("role", ["model", "base", "adapter"])
+def test_a_folder_whose_name_is_not_unicode_is_refused_at_once(tmp_path, tiny, role):
+    strange = os.fsdecode(b"na\xffme")
+    write_model(tmp_path / "mine", tiny)
+    (tmp_path / "mine").rename(tmp_path / strange)  # our own writer would refuse it
+    with pytest.raises(UsageError, match="not valid Unicode"):
+        resolve_model(**{"model": "tiny", role: strange})
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({}, "does not name its base"), ({"base_model_name_or_path": "Not/Here"}, "Not/Here is neither a folder nor in")],
+    [
+        ({}, "does not name its base"),
+        ({"base_model_name_or_path": 7}, "does not name its base"),
+        ({"base_model_name_or_path": "Not/Here"}, "Not/Here is neither a folder nor in"),
+    ],
 )
 def test_adapter_whose_base_is_unknown_says_what_to_do(tmp_path, settings, words):
     write_adapter(tmp_path / "lora", **settings)
@@ -133,6 +190,10 @@ def test_plain_base_is_told_that_it_lacks_an_adapter(tmp_path, tiny):
     save_file({n: t for n, t in load_file(path).items() if not n.startswith("prompt_embed")}, path)
     with pytest.raises(BundleError, match="--adapter"):
         Checkpoint.open(tmp_path / "mine")
+
+
+def test_demo_is_found_in_capitals():
+    assert resolve_model("DEMO").name == "demo"
 
 
 def test_demo_is_packaged(tmp_path):

@@ -5,6 +5,8 @@ The geometry is deep enough that layers are repeated rather than traced.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 import pytest
 
@@ -79,3 +81,11 @@ def test_sizes_that_vary_are_dynamic_and_the_others_are_not(models: dict[str, ir
         "mask": [],
         "rows": [],
     }
+
+
+@pytest.mark.parametrize("blocks", [(0,), ()], ids=["first", "none"])
+def test_a_deep_tower_without_whole_image_blocks_after_the_first_is_repeated(blocks: tuple[int, ...]):
+    """Independent source: the names of the module's own state_dict."""
+    geometry = replace(GEOMETRY, vision=replace(GEOMETRY.vision, depth=4, full_attention_blocks=blocks))
+    names = [weight.name for weight in weights_of(trace_vision(geometry))]
+    assert sorted(names) == sorted(VisionEncoder(geometry).state_dict())

@@ -139,6 +139,21 @@ def test_files_and_links_are_never_replaced(tmp_path: Path, kind: str):
     assert content(tmp_path / "real") == "old"
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_mount_point_is_refused_at_once(force: bool):
+    """It cannot be renamed; /proc is one on every Linux."""
+    with pytest.raises(UsageError, match="mount point"):
+        check_output(Path("/proc"), force=force)
+
+
+@pytest.mark.parametrize("name", [".", "../here"])
+def test_the_current_folder_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UsageError, match="current folder"):
+        check_output(Path(name), force=True)
+
+
 def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path: Path):
     output = tmp_path / "out"
     with pytest.raises(UsageError, match="give -f"), staged_folder(output, force=False) as folder:

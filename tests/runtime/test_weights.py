@@ -65,3 +65,10 @@ def test_values_are_counted_whatever_their_type(tmp_path: Path):
     save_file({"a": np.zeros((3, 5), ml_dtypes.bfloat16), "b": np.zeros(7, np.float32)}, tmp_path / "one.safetensors")
     save_file({"c": np.zeros((), np.float16)}, tmp_path / "two.safetensors", metadata={"format": "np"})
     assert weights.count_values(tmp_path) == 15 + 7 + 1
+
+
+def test_a_target_that_exists_is_kept(source: Path, tmp_path: Path):
+    (tmp_path / "target.bin").write_bytes(b"another shard")
+    with pytest.raises(FileExistsError):
+        place_file(source, tmp_path / "target.bin")
+    assert (tmp_path / "target.bin").read_bytes() == b"another shard"

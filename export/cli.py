@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     devices = [find_device(name) for name in args.target or ()]
     for device in devices:
         check_types(device, args.precision, args.quantize)
-        check_opset(device, args.opset)
+        check_opset(device, args.opset, args.precision)
     _check_options(args)
     budgets = parse_budgets(args.budget, geometry.query_tokens, geometry.candidate_tokens)
     limits = Limits(args.max_image_tokens, args.max_text_tokens)

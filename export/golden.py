@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from metaembed.runtime.errors import UsageError
 from metaembed.runtime.golden import GoldenItem
-from metaembed.runtime.images import MIN_SIDE, ImageRules, smart_resize
 
 TEXTS = (
     "a red umbrella and a blue anchor",
@@ -85,20 +83,6 @@ def golden_items(side: str, max_image_tokens: int, text_fits: Callable[[str], bo
         for place, size in enumerate(fitting[::3])
     ]
     return [*map(GoldenItem, texts), *(GoldenItem(image=image) for image in images), *pairs]
-
-
-def within_rules(items: Sequence[GoldenItem], rules: ImageRules) -> list[GoldenItem]:
-    """The items without those whose image the processor, which enlarges small ones, cannot keep to its limit."""
-    return [item for item in items if item.image is None or _can_resize(item.image.size, rules)]
-
-
-def _can_resize(size: tuple[int, int], rules: ImageRules) -> bool:
-    width, height = (max(MIN_SIDE, side) for side in size)
-    try:
-        smart_resize(height, width, rules)
-    except UsageError:
-        return False
-    return True
 
 
 def _fitting(texts: Sequence[str], fits: Callable[[str], bool]) -> list[str]:

@@ -11,11 +11,13 @@ import numpy as np
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.check import Check, check_bundle
 from metaembed.runtime.encoder import Encoder
+from metaembed.runtime.errors import UsageError
 from metaembed.runtime.golden import SIDES, GoldenItem, golden_path, write_golden
+from metaembed.runtime.images import MIN_SIDE, ImageRules, smart_resize
 from metaembed.runtime.manifest import PROCESSOR, Limits
 from metaembed.runtime.processor import read_image_rules
 
-from .golden import golden_items, quick_items, within_rules
+from .golden import golden_items, quick_items
 from .reference import Reference
 
 Batches = list[list[GoldenItem]]
@@ -63,3 +65,17 @@ def check_export(folder: Path) -> Check:
         check = check_bundle(encoder)
     check.require()
     return check
+
+
+def within_rules(items: Sequence[GoldenItem], rules: ImageRules) -> list[GoldenItem]:
+    """The items without those whose image the processor, which enlarges small ones, cannot keep to its limit."""
+    return [item for item in items if item.image is None or _can_resize(item.image.size, rules)]
+
+
+def _can_resize(size: tuple[int, int], rules: ImageRules) -> bool:
+    width, height = (max(MIN_SIDE, side) for side in size)
+    try:
+        smart_resize(height, width, rules)
+    except UsageError:
+        return False
+    return True

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from metaembed.export.golden import TEXTS, golden_items, quick_items, within_rules
+from metaembed.export.golden import TEXTS, golden_items, quick_items
+from metaembed.export.parity import within_rules
 from metaembed.runtime.golden import SIDES, GoldenItem
 from metaembed.runtime.images import ImageRules
 from metaembed.runtime.parity import RANKS

@@ -42,8 +42,9 @@ from .checkpoint import Checkpoint
 from .frozen import trace_frozen
 from .graph import WeightRef, attach_weights, check_operators, save_graph, widen_for_cpu
 from .models import ResolvedModel
+from .processor import read_processor
 from .scorer import write_scorer
-from .source import Source, asset_folders, convert_weights, find_asset, open_source, read_processor
+from .source import Source, asset_folders, convert_weights, find_asset, open_source
 from .trace import trace_language, trace_vision
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.images import ImageRules
 
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint
 from .models import DEMO_FOLDER, ResolvedModel
 from .random_weights import write_random_checkpoint
 from .safetensors_header import FLOAT_DTYPES
@@ -52,16 +51,6 @@ def find_asset(folders: Sequence[Path], name: str) -> Path:
     where = " nor ".join(str(folder) for folder in folders)
     raise UsageError(f"neither {where} has {name}; copy it from the base model" if len(folders) > 1 else
                      f"{where} has no {name}; copy it from the base model")  # fmt: skip
-
-
-def read_processor(folders: Sequence[Path], image_tokens: int) -> ImageRules:
-    """The rules of preprocessor_config.json for images of at most ``image_tokens``.
-
-    Raises:
-        UsageError: there is none, or the model's smallest image is larger than that.
-        BundleError: it is damaged, or asks for what this version does not do.
-    """
-    return ImageRules.from_config(read_json(find_asset(folders, "preprocessor_config.json")), image_tokens)
 
 
 def open_source(

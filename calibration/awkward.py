@@ -52,7 +52,7 @@ def _turned(image: Image.Image) -> Image.Image:
 
 
 def _strong(image: Image.Image) -> Image.Image:
-    """Every channel stretched over the whole range: the darkest pixel 0, the brightest 255, two levels in between."""
+    """Every channel stretched over the whole range, then cut to four levels: 0, 64, 128 and 192."""
     return ImageOps.posterize(ImageOps.autocontrast(image), 2)
 
 

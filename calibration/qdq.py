@@ -100,9 +100,8 @@ def _add_remainder(graph: ir.Graph, linear: Linear, scale: Array, weights: Weigh
     _describe(rest, f"{name}/remainder/exact", again.dtype, linear.input.shape)
     graph.insert_before(matmul, rest)
     assert form.remainder is not None, f"{form.name} has no second step"
-    small = np.asarray(
-        np.asarray(scale * form.remainder, kind), scale.dtype
-    )  # the twin's is the deployed graph's, widened
+    deployed = np.asarray(scale * form.remainder, kind)  # the twin's is the same, widened
+    small = deployed.astype(scale.dtype)
     rounded = _round_input(graph, linear, rest.outputs[0], small, form, "remainder")
     weight = _round_weight(graph, linear, weights, kind, "/remainder", matmul)
     first = matmul.inputs[1].producer()

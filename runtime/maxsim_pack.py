@@ -18,8 +18,9 @@ CHUNK, FEW_TALL, DOT_LANES = 32, 4, 16
 # vectors, which needs no sum over lanes but candidates widened beforehand. For 16 rows of 3584 dims that is 7 % slower on
 # AVX-512, 15 % faster on AVX2; at 128 dims it is faster on both.
 FEW_ROWS, FEW_ROWS_IF_LONG, LONG, WIDE = 8, 16, 1024, 16
-# Where two bfloat16 stand for a float32: magnitudes at which neither overflows nor vanishes, and vectors of many dims. They
-# leave an error of up to 2^-18 a product, which over many dims cancels (1e-7 for a unit vector of 128) but in a few may not.
+# Where two bfloat16 or two int8 stand for a float32: vectors of many dims. They leave an error of up to 2^-18, or half a code,
+# a product, which over many dims cancels (1e-7 for a unit vector of 128 in bfloat16) but in a few may not. And magnitudes at
+# which neither bfloat16 overflows nor vanishes.
 SMALLEST, LARGEST, MANY_DIMS = 1e-20, 1e30, 64
 CODE_STEPS = 256  # a query's 16-bit code is CODE_STEPS * high + low, both int8
 LARGEST_CODE = 127 * CODE_STEPS + 127
@@ -51,7 +52,7 @@ def pack(queries: NDArray[np.float32], storage: int, width: int, *, dots: bool) 
     """
     count, dims = queries.shape[0] * queries.shape[1], queries.shape[2]
     rows = queries.reshape(count, dims)
-    if dots and storage == INT8:
+    if dots and storage == INT8 and dims >= MANY_DIMS:
         return _pack_codes(rows)
     largest = float(np.abs(rows).max(initial=0.0))
     if dots and storage == BF16 and dims >= MANY_DIMS and SMALLEST < largest < LARGEST:  # False for NaN

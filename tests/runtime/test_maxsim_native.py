@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from metaembed.runtime import maxsim_native
@@ -107,6 +107,7 @@ def test_kernels_equal_float64_brute_force(storage):
 @pytest.mark.usefixtures("kernels")
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 18), st.integers(1, 30), st.integers(1, 7), st.integers(1, 300), st.booleans())
+@example(1, 1, 1, 1, 13, True)  # few dims, over which what codes round does not cancel
 def test_kernels_equal_the_reference_on_any_shape(q, r_q, n, r_c, d, int8):
     """The numpy reference judges; candidates are a prefix of longer items, so strides differ from sizes."""
     rng = np.random.default_rng(d)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -37,7 +39,7 @@ X = RNG.normal(0, 1, (B, T, K)).astype(np.float32)
 AMAX = {"layer.{q_proj,k_proj}": 2.0, "layer.o_proj": 50.0}  # 2.0 clips some of X
 
 
-def write_graph(folder: Path, name: str, parameters: dict[str, np.ndarray] = PARAMETERS) -> ir.Model:
+def write_graph(folder: Path, name: str, parameters: dict[str, np.ndarray] = PARAMETERS, inputs: int = K) -> ir.Model:
     """x -> q + k -> o + bias -> head, as the exporter writes Linears; weights external, behind an offset."""
     (folder / "weights").mkdir(exist_ok=True)
     nodes, tensors = [], []
@@ -58,7 +60,7 @@ def write_graph(folder: Path, name: str, parameters: dict[str, np.ndarray] = PAR
         if linear == "layer.o_proj":
             nodes.append(helper.make_node("Add", [linear, "layer.o_proj.bias"], ["ob"]))
     values = [
-        helper.make_tensor_value_info(v, onnx.TensorProto.FLOAT, ["b", "t", K]) for v in ("x", "custom_text_proj")
+        helper.make_tensor_value_info(v, onnx.TensorProto.FLOAT, ["b", "t", inputs]) for v in ("x", "custom_text_proj")
     ]
     graph = helper.make_graph(nodes, name, values[:1], values[1:], tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), folder / name)
@@ -192,6 +194,39 @@ def test_every_linear_has_its_own_pair_and_the_head_stays_high(tmp_path):
     onnx.checker.check_model(tmp_path / "quantised.onnx", full_check=True)
 
 
+OPEN = """
+import sys
+from pathlib import Path
+from metaembed.runtime.session_ort import OrtSession
+
+def anonymous():
+    status = Path("/proc/self/status").read_text().split("RssAnon:")[1]
+    return int(status.split()[0]) * 1024
+
+before = anonymous()
+session = OrtSession(Path(sys.argv[1]), quantised=True)
+print(anonymous() - before)
+"""
+
+
+def test_an_open_session_keeps_few_bytes_a_code(tmp_path):
+    """At most a copy made unsigned and a packed one, and a byte of slack. It was 10 bytes with a Transpose after the codes."""
+    side = 2048
+    rng = np.random.default_rng(3)
+    names = ("layer.q_proj", "layer.k_proj", "layer.o_proj", "custom_text_proj")
+    big = {f"{name}.weight": rng.standard_normal((side, side)).astype(np.float32) for name in names}
+    big["layer.o_proj.bias"] = np.zeros(side, np.float32)
+    model = write_graph(tmp_path, "g.onnx", big, side)
+    insert_qdq(model, find_groups({"g.onnx": model}), AMAX, Weights(tmp_path, FORMATS["int8"], {}), SINGLE)
+    assert [node.op_type for node in model.graph].count("Transpose") == 1  # the head's
+    pack_weights([model], tmp_path, "int8")
+    ir.save(model, tmp_path / "quantised.onnx")
+    command = [sys.executable, "-c", OPEN, tmp_path / "quantised.onnx"]
+    kept = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    codes, head = 3 * side**2, 2 * 4 * side**2  # the head: folded, and packed
+    assert codes <= kept <= 3 * codes + head + 16e6
+
+
 def test_a_group_left_out_is_left_as_it_was(tmp_path):
     model = write_graph(tmp_path, "g.onnx")
     groups = [group for group in find_groups({"g.onnx": model}) if group.name == "layer.o_proj"]
@@ -212,6 +247,8 @@ def test_bf16_scales_are_stored_in_bf16_and_codes_made_with_them(tmp_path):
     )
     assert scale.dtype == values["layer.q_proj/input_scale"].const_value.numpy().dtype == kind
     wide = scale.astype(np.float64)[:, None]
+    assert codes.shape == (K, N)
+    codes = codes.T
     error = np.abs(codes * wide - narrow["layer.q_proj.weight"].astype(np.float64))
     clipped = np.abs(codes) == 127
     assert (error[~clipped] <= wide.repeat(K, 1)[~clipped] / 2 * 1.0001).all()

@@ -15,6 +15,8 @@ from metaembed.runtime.command import natural
 from metaembed.runtime.errors import MetaEmbedError, UsageError
 from metaembed.runtime.manifest import Bundle
 
+from .rehearsal_sizes import add_rehearse
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -22,11 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "bundles", type=Path, nargs="*", help="the float bundle first, then bundles that metaembed-calibrate made of it"
     )
     add("--speed", action="store_true", help="time one image candidate instead of measuring quality")
-    add(
-        "--rehearse",
-        action="store_true",
-        help="with --speed, and without bundles: random weights of a geometry of 402 M parameters",
-    )
+    add_rehearse(parser, "with --speed, and without bundles: random weights of a geometry")
     add(
         "--weights",
         action="store_true",
@@ -95,7 +93,7 @@ def _rehearse(scratch: Path, args: argparse.Namespace) -> list[Path]:
 
     if args.bundles:
         raise UsageError("name bundles, or ask for --rehearse")
-    bundle, _ = write_rehearsal(scratch)
+    bundle, _ = write_rehearsal(scratch, args.rehearse)
     return [bundle, quantise_rehearsal(bundle, scratch / "int8", args.threads, quiet=args.quiet)]
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from metaembed.runtime.errors import BundleError, UsageError
 
+from .rehearsal_sizes import add_rehearse
+
 INT8 = "bundle int8"
 SAME = 1e-3  # float32 contestants agree to 1e-6; only another model's weights differ by more
 
@@ -19,11 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="DIR", help="what it was exported from, for PyTorch (default: the demo)"
     )
-    parser.add_argument(
-        "--rehearse",
-        action="store_true",
-        help="random weights of a geometry of 402 M parameters instead, and their INT8 bundle",
-    )
+    add_rehearse(parser, "random weights of a geometry instead, and their INT8 bundle")
     parser.add_argument("--int8", type=Path, metavar="BUNDLE", help="its quantised bundle, one more contestant")
     parser.add_argument(
         "--skip", action="append", default=[], metavar="NAME", help="leave a contestant out; repeatable"
@@ -99,7 +97,7 @@ def _models(args: argparse.Namespace):
     from metaembed.export.models import DEMO_FOLDER
     from metaembed.runtime.manifest import Bundle
 
-    if args.rehearse == (args.bundle is not None):
+    if (args.rehearse is None) == (args.bundle is None):
         raise UsageError("name a bundle, or ask for --rehearse")
     if args.rehearse and args.int8:
         raise UsageError("--rehearse makes its own INT8 bundle; leave it out with --skip 'bundle int8'")
@@ -112,9 +110,9 @@ def _models(args: argparse.Namespace):
         yield args.bundle, Path(args.checkpoint or DEMO_FOLDER), args.int8, name
         return
 
-    from .rehearsal import NAME, quantise_rehearsal, write_rehearsal
+    from .rehearsal import quantise_rehearsal, write_rehearsal
 
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as work:
-        bundle, checkpoint = write_rehearsal(Path(work))
+        bundle, checkpoint = write_rehearsal(Path(work), args.rehearse)
         int8 = None if INT8 in args.skip else quantise_rehearsal(bundle, Path(work, "int8"), args.threads, quiet=True)
-        yield bundle, checkpoint, int8, NAME
+        yield bundle, checkpoint, int8, args.rehearse

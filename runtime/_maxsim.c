@@ -25,7 +25,8 @@
 #define STORAGES 3
 
 enum { DONE, NO_MEMORY, NO_KERNEL };
-enum { MANY, FEW, DOT }; /* layouts of the query: lanes are query vectors; dims; both, for the dot instructions */
+/* Layouts of the query: lanes are query vectors; dims; both, for the dot instructions; pairs of dims, in 16-bit integers. */
+enum { MANY, FEW, DOT, PAIRS };
 enum {
     LINE = 64,        /* bytes of a cache line */
     CHUNK = 32,       /* dims in one step: a line of bf16 */
@@ -48,10 +49,10 @@ typedef struct {
 } Group;
 
 typedef struct {
-    /* few: [rows / tall][chunks][tall][CHUNK]; many: [rows / width][chunks * CHUNK][width]; dot: see _maxsim_dots.h */
+    /* few and pairs: [rows / tall][chunks][tall][CHUNK]; many: [rows / width][chunks * CHUNK][width]; dot: _maxsim_dots.h */
     const void *packed;
     const void *starts;   /* dot: what the sums start from, [rows / tile][16] float, or int32 for int8 */
-    const float *units;   /* dot with int8: what a lane's sum counts, [rows / tile][16] */
+    const float *units;   /* int8: what a lane's sum counts, dot: [rows / tile][16]; pairs: [rows, at least 4] */
     int64_t layout, tile; /* dot: 1, 2, 4 or 8 query vectors side by side */
     int64_t rows;         /* queries * vectors rounded up to 1, 2, a multiple of FEW_TALL, of the width, or of the tile */
     int64_t queries, vectors, dims;
@@ -86,7 +87,8 @@ typedef int64_t long_any __attribute__((aligned(1), may_alias));
 #define PRAGMA_(text) _Pragma(#text)
 #define PRAGMA(text) PRAGMA_(text)
 
-/* metaembed_dots: storage types that have dot kernels here, as bits 1 << storage. */
+/* metaembed_dots: storage types that have dot kernels here, as bits 1 << storage. metaembed_pairs: whether int8 is multiplied
+ * fast as pairs of 16-bit integers. */
 #if defined(TEST_WIDTH) /* the tests build every width for the machine they run on, and dots in plain C */
 #define WIDTH TEST_WIDTH
 #define VARIANT TEST_WIDTH
@@ -109,6 +111,7 @@ EXPORT int metaembed_dots(void) { return 0; }
 #endif
 
 EXPORT int metaembed_vector_width(void) { return WIDTH; }
+EXPORT int metaembed_pairs(void) { return 1; }
 #elif defined(__x86_64__)
 #include <immintrin.h>
 #define WIDTH 8
@@ -145,6 +148,8 @@ EXPORT int metaembed_vector_width(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 8 : 0;
 }
 
+EXPORT int metaembed_pairs(void) { return 1; }
+
 EXPORT int metaembed_dots(void) {
     if (metaembed_vector_width() < 16)
         return 0;
@@ -159,12 +164,13 @@ static const Kernel BROAD[STORAGES] = {0}, DOTTED[STORAGES] = {0};
 
 EXPORT int metaembed_vector_width(void) { return 4; }
 EXPORT int metaembed_dots(void) { return 0; }
+EXPORT int metaembed_pairs(void) { return 0; }
 #else
 #error "no kernel for this processor: the numpy path serves it"
 #endif
 
 /* Raised with every change of the structures above: maxsim_native.py leaves a library of another version alone. */
-EXPORT int metaembed_interface(void) { return 4; }
+EXPORT int metaembed_interface(void) { return 5; }
 
 /* Scores items first..last-1; safe to call from many threads on disjoint ranges. */
 EXPORT int metaembed_maxsim(int storage, const Task *task, int64_t first, int64_t last) {

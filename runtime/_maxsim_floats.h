@@ -1,8 +1,12 @@
-/* Products in float32: lanes are dims for few rows, query vectors for more. Included by _maxsim_kernel.h. */
+/* Products in float32: lanes are dims for few rows, query vectors for more. Included by _maxsim_kernel.h.
+ *
+ * For int8 lanes of dims may be pairs of 16-bit integers instead: one instruction multiplies 2 * WIDTH codes with 16-bit codes
+ * of the query and adds them two by two, where float32 takes two conversions, two widenings and two multiply-adds.
+ */
 #undef STEP_CHUNKS
 #define STEP_CHUNKS BLOCK_CHUNKS
 
-INLINE int64_t NAME(sums)(const Task *task) { return task->layout == FEW ? task->rows : task->rows / WIDTH; }
+INLINE int64_t NAME(sums)(const Task *task) { return task->layout == MANY ? task->rows / WIDTH : task->rows; }
 
 /* By intrinsics where there are some: GCC 12 makes scalar code of the conversion below, nine times slower on AVX2. */
 INLINE vf NAME(widen)(const char *codes) {
@@ -35,18 +39,44 @@ INLINE vf NAME(high)(const char *chunk, int h, const int tight) {
     return NAME(widen)(chunk + h * WIDTH + CHUNK / 2);
 }
 
+/* sum + products of 16-bit query codes with the int8 codes of as many dims, two by two in each int32 lane. */
+#if defined(TARGET) && WIDTH == 8
+#define Codes __m256i
+INLINE Codes NAME(codes)(const char *from) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from)); }
+INLINE vf NAME(pairs)(vf sum, const char *query, Codes part) {
+    return (vf)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(*(const __m256i *)query, part));
+}
+#elif defined(TARGET) && WIDTH == 16
+#define Codes __m512i
+INLINE Codes NAME(codes)(const char *from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from)); }
+INLINE vf NAME(pairs)(vf sum, const char *query, Codes part) {
+    return (vf)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16(*(const __m512i *)query, part));
+}
+#else /* for the tests: the same in plain C */
+#define Codes const int8_t *
+INLINE Codes NAME(codes)(const char *from) { return (const int8_t *)from; }
+INLINE vf NAME(pairs)(vf sum, const char *query, Codes part) {
+    vi total = (vi)sum;
+    for (int i = 0; i < 2 * WIDTH; i++) total[i / 2] += ((const int16_t *)query)[i] * part[i];
+    return (vf)total;
+}
+#endif
+
 /* Few rows: lanes are dims. sums[c][m] += products of query vector m and candidate c, lane by lane. Each of the tiles that
  * read the same candidates, `pass` of `passes`, asks for its share of the lines to come: memory is then never idle. */
-INLINE void NAME(few_tile)(const float *query, const char *const *candidates, int64_t chunks, vf *sums, int64_t rows,
-                           int fresh, int64_t ahead, int64_t pass, int64_t passes, const int tall, const int wide) {
+INLINE void NAME(few_tile)(const char *query, const char *const *candidates, int64_t chunks, vf *sums, int64_t rows,
+                           int fresh, int64_t ahead, int64_t pass, int64_t passes, const int paired, const int tall,
+                           const int wide) {
+    const int64_t size = paired ? 2 : 4; /* bytes of a query's value */
     const char *candidate[FEW_WIDE];
     vf sum[FEW_WIDE * FEW_TALL], part[FEW_WIDE];
+    Codes codes[FEW_WIDE];
     int64_t turn = pass; /* chunks until it is this pass's turn */
     for (int c = 0; c < wide; c++) {
         candidate[c] = candidates[c];
         for (int m = 0; m < tall; m++) sum[c * tall + m] = fresh ? (vf){0} : sums[c * rows + m];
     }
-    for (int64_t k = 0; k < chunks; k++, query += tall * CHUNK) {
+    for (int64_t k = 0; k < chunks; k++, query += tall * CHUNK * size) {
         if (ahead && turn-- == 0) { /* a line of each between steps: all at once would hold up the products */
             for (int c = 0; c < wide; c++)
                 for (int line = 0; line < MAX(CHUNK * BYTES / LINE, 1); line++)
@@ -54,15 +84,23 @@ INLINE void NAME(few_tile)(const float *query, const char *const *candidates, in
             turn = passes - 1;
         }
         for (int h = 0; h < CHUNK / 2 / WIDTH; h++) {
+            if (paired) {
+                for (int c = 0; c < wide; c++) codes[c] = NAME(codes)(candidate[c] + k * CHUNK + 2 * h * WIDTH);
+                for (int m = 0; m < tall; m++)
+                    for (int c = 0; c < wide; c++)
+                        sum[c * tall + m] = NAME(pairs)(sum[c * tall + m], query + (m * CHUNK + 2 * h * WIDTH) * size, codes[c]);
+                RELOAD;
+                continue;
+            }
             for (int c = 0; c < wide; c++) part[c] = NAME(low)(candidate[c] + k * CHUNK * BYTES, h);
             for (int m = 0; m < tall; m++) {
-                vf q = *(const vf *)(query + m * CHUNK + h * WIDTH);
+                vf q = *(const vf *)(query + (m * CHUNK + h * WIDTH) * size);
                 for (int c = 0; c < wide; c++) sum[c * tall + m] += q * part[c];
             }
             RELOAD;
             for (int c = 0; c < wide; c++) part[c] = NAME(high)(candidate[c] + k * CHUNK * BYTES, h, tall == FEW_TALL);
             for (int m = 0; m < tall; m++) {
-                vf q = *(const vf *)(query + m * CHUNK + h * WIDTH + CHUNK / 2);
+                vf q = *(const vf *)(query + (m * CHUNK + h * WIDTH + CHUNK / 2) * size);
                 for (int c = 0; c < wide; c++) sum[c * tall + m] += q * part[c];
             }
             RELOAD;
@@ -72,32 +110,47 @@ INLINE void NAME(few_tile)(const float *query, const char *const *candidates, in
         for (int m = 0; m < tall; m++) sums[c * rows + m] = sum[c * tall + m];
 }
 
-INLINE void NAME(few_tiles)(const float *query, const char *const *candidates, int count, int64_t chunks, vf *sums,
-                            int64_t rows, int fresh, int64_t ahead, int64_t pass, int64_t passes, const int tall,
-                            const int wide) {
+INLINE void NAME(few_tiles)(const char *query, const char *const *candidates, int count, int64_t chunks, vf *sums,
+                            int64_t rows, int fresh, int64_t ahead, int64_t pass, int64_t passes, const int paired,
+                            const int tall, const int wide) {
     int c = 0;
     for (; c + wide <= count; c += wide)
-        NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, ahead, pass, passes, tall, wide);
+        NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, ahead, pass, passes, paired, tall, wide);
     for (; c < count; c++)
-        NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, ahead, pass, passes, tall, 1);
+        NAME(few_tile)(query, candidates + c, chunks, sums + c * rows, rows, fresh, ahead, pass, passes, paired, tall, 1);
 }
 
-static void NAME(few)(const Space *space, const float *query, int64_t query_stride, const char *const *candidates,
-                      int count, int64_t chunks, int fresh, int64_t ahead) {
+INLINE void NAME(few)(const Space *space, const char *query, int64_t query_stride, const char *const *candidates, int count,
+                      int64_t chunks, int fresh, int64_t ahead, const int paired) {
     const int64_t rows = space->rows;
     vf *sums = space->sums;
     if (!ahead) /* chosen items lie anywhere: what is read now has to come at once */
         for (int c = 0; c < count; c++)
             for (int64_t k = 0; k < chunks * CHUNK * BYTES; k += LINE) __builtin_prefetch(candidates[c] + k, 0, 2);
     if (rows == 1)
-        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, ahead, 0, 1, 1, 6);
+        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, ahead, 0, 1, paired, 1, 6);
     else if (rows == 2)
-        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, ahead, 0, 1, 2, 3);
+        NAME(few_tiles)(query, candidates, count, chunks, sums, rows, fresh, ahead, 0, 1, paired, 2, 3);
     else
         for (int64_t m = 0; m < rows; m += FEW_TALL, query += query_stride)
             NAME(few_tiles)(query, candidates, count, chunks, sums + m, rows, fresh, ahead, m / FEW_TALL, rows / FEW_TALL,
-                            FEW_TALL, 3);
+                            paired, FEW_TALL, paired ? 4 : 3);
 }
+
+/* Functions of their own, so that neither takes the other's registers. */
+static __attribute__((noinline)) void NAME(few_floats)(const Space *space, const char *query, int64_t query_stride,
+                                                       const char *const *candidates, int count, int64_t chunks, int fresh,
+                                                       int64_t ahead) {
+    NAME(few)(space, query, query_stride, candidates, count, chunks, fresh, ahead, 0);
+}
+
+#if STORAGE == INT8
+static __attribute__((noinline)) void NAME(few_pairs)(const Space *space, const char *query, int64_t query_stride,
+                                                      const char *const *candidates, int count, int64_t chunks, int fresh,
+                                                      int64_t ahead) {
+    NAME(few)(space, query, query_stride, candidates, count, chunks, fresh, ahead, 1);
+}
+#endif
 
 /* Many rows: lanes are query vectors. sums[c][m] += query[m][k] * candidate[c][k] over some dims k. What will be read next is
  * asked for between the products: a burst of requests would fill the line buffers and hold up everything behind it. */
@@ -158,13 +211,17 @@ static void NAME(many)(const Space *space, const float *query, int64_t query_str
 /* Adds the products of all rows with up to FLAT candidates over some chunks; `ahead`: bytes to where to prefetch. */
 INLINE void NAME(products)(const Task *task, const Space *space, int64_t chunk, int64_t chunks,
                            const char *const *candidates, int count, int64_t ahead) {
-    const int64_t tall = task->layout == FEW ? MIN(space->rows, FEW_TALL) : WIDTH;
-    const float *query = (const float *)task->packed + chunk * CHUNK * tall;
+    const int64_t tall = task->layout == MANY ? WIDTH : MIN(space->rows, FEW_TALL), size = task->layout == PAIRS ? 2 : 4;
+    const char *query = (const char *)task->packed + chunk * CHUNK * tall * size;
     const int64_t stride = (task->dims + CHUNK - 1) / CHUNK * CHUNK * tall;
-    if (task->layout == FEW)
-        NAME(few)(space, query, stride, candidates, count, chunks, chunk == 0, ahead);
+    if (task->layout == MANY)
+        NAME(many)(space, (const float *)query, stride, candidates, count, chunks, chunk == 0, ahead);
+#if STORAGE == INT8
+    else if (task->layout == PAIRS)
+        NAME(few_pairs)(space, query, stride * size, candidates, count, chunks, chunk == 0, ahead);
+#endif
     else
-        NAME(many)(space, query, stride, candidates, count, chunks, chunk == 0, ahead);
+        NAME(few_floats)(space, query, stride * size, candidates, count, chunks, chunk == 0, ahead);
 }
 
 /* The lanes of four sums added up. */
@@ -179,10 +236,14 @@ INLINE v4 NAME(totals)(vf a, vf b, vf c, vf d) {
 
 /* Folds the finished sums of one candidate into its item's running maxima. */
 INLINE void NAME(fold)(const Task *task, const vf *sums, float scale, float *best, float *poison) {
-    if (task->layout == FEW) {
+    if (task->layout != MANY) {
         const int two = task->rows > 1, four = task->rows > 2; /* the lanes of rows that are not there go unread */
         for (int64_t m = 0; m < task->rows; m += 4, sums += 4, best += 4) {
-            v4 dots = NAME(totals)(sums[0], sums[two], sums[2 * four], sums[3 * four]) * scale;
+            vf row[4] = {sums[0], sums[two], sums[2 * four], sums[3 * four]};
+            if (STORAGE == INT8 && task->layout == PAIRS)
+                for (int i = 0; i < 4; i++) row[i] = __builtin_convertvector((vi)row[i], vf);
+            v4 dots = NAME(totals)(row[0], row[1], row[2], row[3]) * scale;
+            if (STORAGE == INT8 && task->layout == PAIRS) dots *= *(const v4 *)(task->units + m);
             *(v4 *)poison += dots - dots;
             *(v4 *)best = LARGER(dots, *(v4 *)best, v4, v4i);
         }
@@ -193,3 +254,4 @@ INLINE void NAME(fold)(const Task *task, const vf *sums, float scale, float *bes
             *(vf *)best = LARGER(dots, *(vf *)best, vf, vi);
         }
 }
+#undef Codes

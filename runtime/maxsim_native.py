@@ -25,7 +25,7 @@ from .maxsim_pack import BF16, F32, INT8, Packed, pack
 # Candidates whose vectors lie side by side in each of some arrays (n, r_g, d), and which rows of them (None: all).
 Part: TypeAlias = "tuple[Sequence[NDArray[Any] | Int8Vectors], NDArray[np.int64] | None]"
 
-INTERFACE = 4
+INTERFACE = 5
 # Queries scored in one pass over the candidates: more rows would no longer stay in a core's cache (43 against 76 GFLOP/s
 # for 2048 rows of 3584 dims).
 PASS_ROWS = 128
@@ -137,7 +137,13 @@ def score(queries: NDArray[np.float32], parts: Sequence[Part]) -> list[NDArray[n
 def _pack(queries: NDArray[np.float32], storage: int) -> Packed:
     kernels = library()
     assert kernels is not None
-    return pack(queries, storage, kernels.metaembed_vector_width(), dots=bool(kernels.metaembed_dots() >> storage & 1))
+    return pack(
+        queries,
+        storage,
+        kernels.metaembed_vector_width(),
+        dots=bool(kernels.metaembed_dots() >> storage & 1),
+        pairs=bool(kernels.metaembed_pairs()),
+    )
 
 
 def _run(storage: int, tasks: Sequence[tuple[_Task, int]], work: int, arrays: object) -> None:

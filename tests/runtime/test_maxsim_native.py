@@ -105,6 +105,17 @@ def test_kernels_equal_float64_brute_force(storage):
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dims", [64, 4096, 4128, 20_000])
+@pytest.mark.parametrize("r_q", [1, 9])
+def test_the_largest_codes_do_not_overflow(dims, r_q):
+    """Every product as large as can be, and of one sign: by hand, dims * 1 * 127 * scale."""
+    candidates = Int8Vectors(np.full((3, 2, dims), 127, np.int8), np.full((3, 2), 2.0**-7, np.float32))
+    candidates.codes[1] = -127
+    scores = maxsim_native.score(np.ones((1, r_q, dims), np.float32), [([candidates], None)])[0]
+    np.testing.assert_allclose(scores, [[r_q * dims * sign * 127 * 2.0**-7 for sign in (1, -1, 1)]], rtol=1e-5)
+
+
+@pytest.mark.usefixtures("kernels")
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 18), st.integers(1, 30), st.integers(1, 7), st.integers(1, 300), st.booleans())
 @example(1, 1, 1, 1, 13, True)  # few dims, over which what codes round does not cancel

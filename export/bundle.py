@@ -133,6 +133,11 @@ def export_bundle(
                 "the checkpoint's preprocessor_config.json allows no more"
             )
             request = replace(request, limits=limits)
+        # What was merged, converted or made up was checked, or is finite, as it was written into ``work``.
+        unread = [name for name, ref in checkpoint.tensors.items() if work.resolve() not in ref.path.parents]
+        if unread:
+            progress.stage("looking for NaN and infinity in the weights")
+            checkpoint.check_finite(progress.track(unread, "weights"))
         progress.stage("placing weights")
         refs = place_weights(checkpoint, folder, progress.advance)
         write_graphs(request, checkpoint, refs, folder, progress.stage)

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from metaembed.export import bundle as bundle_module
 from metaembed.export.cli import main
@@ -135,6 +137,28 @@ def test_a_limit_that_is_no_positive_number(refused: Callable[..., str], limit: 
 def test_a_checkpoint_without_a_part(refused: Callable[..., str], checkpoint: Path, name: str):
     (checkpoint / name).unlink()
     assert name in refused(2, "--model", checkpoint, "--budget", "8,16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("parity", [("--no-parity",), ()], ids=["unverified", "parity"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_weight_that_is_not_finite_is_named_before_anything_is_traced(
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+    precision: str,
+    parity: tuple[str, ...],
+    value: float,
+):
+    """The last row of the token table, which no token has and no golden input would reach. 704 rows of 128."""
+    monkeypatch.setattr(bundle_module, "trace_vision", lambda *_, **__: pytest.fail("it was traced"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    (table,) = (name for name in tensors if name.endswith(".embed_tokens.weight"))
+    tensors[table][703, 127] = value
+    save_file(tensors, checkpoint / "model.safetensors")
+    sentence = refused(1, "--model", checkpoint, "--budget", "8,16", "--precision", precision, *parity)
+    assert "language_model.embed_tokens.weight" in sentence
+    assert f"{checkpoint / 'model.safetensors'} holds NaN or infinite values (1 of {704 * 128})" in sentence
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, 5000, -1])

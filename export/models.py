@@ -17,6 +17,7 @@ from metaembed.runtime.errors import UsageError
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.known_models import KNOWN, KnownModel
 from metaembed.runtime.manifest import check_name
+from metaembed.runtime.projection import with_stored_projection
 
 from .adapter import ADAPTER_CONFIG, Adapter, open_with_adapter
 from .checkpoint import Checkpoint, has_weights, read_config, read_json
@@ -141,7 +142,9 @@ def _resolve_folder(name: str, folder: Path, base: Folder | None, adapter: Folde
 def _with_adapter(
     name: str, config: Mapping[str, Any], base: Path | None, adapter: Folder | None, looked: tuple[str, ...] = ()
 ) -> ResolvedModel:
-    """The model as the adapter, if there is one, configures it; its headers are read and nothing else."""
+    """The model as the base's projection and the adapter, if there is one, configure it; headers are read, no more."""
+    if base is not None:
+        config = with_stored_projection(config, base)
     if adapter is None:
         return ResolvedModel(name, config, base, None, looked)
     folder = find_folder(adapter)

@@ -116,6 +116,12 @@ def open_with_adapter(
     return _apply_replacements(Path(base), found)
 
 
+def check_adapter(base: str | Path, adapter: str | Path) -> None:
+    """Refuse, from headers alone, what ``open_with_adapter`` would; nothing is merged."""
+    found = Adapter.open(adapter)
+    _check_updates(_apply_replacements(Path(base), found), found)
+
+
 def merge_adapter(
     base: str | Path,
     adapter: Adapter,

@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     _check_images(model, limits, random=args.random_weights is not None)
     calibration = _read_calibration(args, limits)
     if args.dry_run:
+        _check_files(model, random=args.random_weights is not None)
         plan = make_plan(model.name, geometry, budgets, CANDIDATES, max_image_tokens=limits.image_tokens)
         found = "random weights" if args.random_weights is not None else model.base or "none were found"
         print(f"graphs: vision.onnx, language.onnx, one set of weights ({found})\n{describe(plan)}")
@@ -163,6 +164,17 @@ def _check_images(model: ResolvedModel, limits: Limits, *, random: bool) -> None
 
     if random or model.base is not None:
         read_processor(asset_folders(model, random=random), limits.image_tokens)
+
+
+def _check_files(model: ResolvedModel, *, random: bool) -> None:
+    """What the export would read of the model, as far as there is any, looked at without being loaded."""
+    from .processor import find_tokenizer
+    from .source import asset_folders
+
+    if random or model.base is not None:
+        find_tokenizer(asset_folders(model, random=random), model.geometry)
+    if not random and model.base is not None:
+        model.check()
 
 
 def _read_calibration(args: argparse.Namespace, limits: Limits) -> Any:

@@ -19,7 +19,7 @@ from metaembed.runtime.known_models import KNOWN, KnownModel
 from metaembed.runtime.manifest import check_name
 from metaembed.runtime.projection import with_stored_projection
 
-from .adapter import ADAPTER_CONFIG, Adapter, open_with_adapter
+from .adapter import ADAPTER_CONFIG, Adapter, check_adapter, open_with_adapter
 from .checkpoint import Checkpoint, has_weights, read_config, read_json
 from .safetensors_writer import Advance
 
@@ -72,6 +72,13 @@ class ResolvedModel:
         if self.adapter is None:
             return Checkpoint.open(base)
         return open_with_adapter(base, self.adapter, merged, advance=advance)
+
+    def check(self) -> None:
+        """Refuse, from headers alone, what ``open`` would: tensors that are missing, misshapen or cut short."""
+        if self.adapter is None:
+            Checkpoint.open(self.require_base())
+        else:
+            check_adapter(self.require_base(), self.adapter)
 
 
 def resolve_model(model: str, *, base: Folder | None = None, adapter: Folder | None = None) -> ResolvedModel:

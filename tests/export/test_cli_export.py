@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from metaembed.export import bundle as bundle_module
@@ -258,6 +259,54 @@ def test_failed_parity_leaves_no_bundle(refused: Callable[..., str], cheap: pyte
 def test_a_dry_run_refuses_what_the_export_would(refused: Callable[..., str], argv: tuple[str, ...], words: str):
     """The demo's processor makes no image of less than 56 x 56 pixels, 4 tokens."""
     assert words in refused(2, "--model", "demo", "--budget", "8,16", "--dry-run", *argv)
+
+
+def test_a_dry_run_refuses_weights_that_are_cut_short(refused: Callable[..., str], checkpoint: Path):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "cut short" in refused(1, "--model", checkpoint, "--budget", "8,16", "--dry-run")
+    assert main(["--model", str(checkpoint), "--budget", "8,16", "--dry-run", "--random-weights", "0"]) == 0
+
+
+def test_a_dry_run_refuses_a_tokenizer_beyond_the_token_table(refused: Callable[..., str], checkpoint: Path):
+    """The demo's last id is 642 (video_token_id of its config.json)."""
+    config = json.loads((checkpoint / "config.json").read_bytes())
+    config["text_config"]["vocab_size"] = 642
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert "'<|video_pad|>' the id 642" in refused(1, "--model", checkpoint, "--budget", "8,16", "--dry-run")
+    (checkpoint / "tokenizer.json").unlink()
+    assert "no tokenizer.json" in refused(2, "--model", checkpoint, "--budget", "8,16", "--dry-run")
+
+
+def test_a_dry_run_refuses_an_adapter_for_another_model(refused: Callable[..., str], checkpoint: Path, tmp_path: Path):
+    """64 wide, where the demo's decoder has 128."""
+    (tmp_path / "lora").mkdir()
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    halves = {f"{module}.lora_A.weight": np.ones((1, 64), np.float32), f"{module}.lora_B.weight": np.ones((128, 1))}
+    save_file(
+        {name: half.astype(np.float32) for name, half in halves.items()},
+        tmp_path / "lora" / "adapter_model.safetensors",
+    )
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
+    command = ("--model", checkpoint, "--adapter", tmp_path / "lora", "--budget", "8,16", "--dry-run")
+    assert "([128, 64] onto [128, 128])" in refused(2, *command)
+
+
+def test_tokenizer_json_is_parsed_once(output: Path, cheap: pytest.MonkeyPatch):
+    """Not free for Qwen's 152,000 tokens."""
+    real, parsed = tokenizers.Tokenizer, []
+
+    class Counting:
+        def __call__(self, model: object) -> object:
+            return real(model)
+
+        def __getattr__(self, name: str) -> object:
+            parsed.append(name)  # from_file, from_str ...
+            return getattr(real, name)
+
+    cheap.setattr(tokenizers, "Tokenizer", Counting())
+    assert main(["--model", "demo", "--budget", "1,1", "--no-parity", "--quiet", "-o", str(output)]) == 0
+    assert len(parsed) == 1
 
 
 def test_a_dry_run_refuses_an_output_that_exists(output: Path, capsys: pytest.CaptureFixture[str]):

@@ -158,12 +158,13 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _check_images(model: ResolvedModel, limits: Limits, *, random: bool) -> None:
-    """A limit that no image could keep to; of a known size without weights there is no processor to ask."""
+    """Limits that no image could keep to; of a known size without weights there is no processor to ask."""
+    from .golden import largest_size
     from .processor import read_processor
     from .source import asset_folders
 
     if random or model.base is not None:
-        read_processor(asset_folders(model, random=random), limits.image_tokens)
+        largest_size(read_processor(asset_folders(model, random=random), limits.image_tokens))
 
 
 def _check_files(model: ResolvedModel, *, random: bool) -> None:

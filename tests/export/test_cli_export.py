@@ -261,6 +261,14 @@ def test_a_dry_run_refuses_what_the_export_would(refused: Callable[..., str], ar
     assert words in refused(2, "--model", "demo", "--budget", "8,16", "--dry-run", *argv)
 
 
+def test_limits_between_which_no_image_lies(refused: Callable[..., str], checkpoint: Path):
+    """401 tokens exactly: a prime, so a single row, which is longer than the 200 times its width that Qwen takes."""
+    rules = json.loads((checkpoint / "preprocessor_config.json").read_bytes())
+    rules |= {"min_pixels": 401 * 28 * 28, "max_pixels": 401 * 28 * 28}
+    (checkpoint / "preprocessor_config.json").write_text(json.dumps(rules))
+    assert "no image keeps to both limits" in refused(2, "--model", checkpoint, "--budget", "8,16")
+
+
 def test_a_dry_run_refuses_weights_that_are_cut_short(refused: Callable[..., str], checkpoint: Path):
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])

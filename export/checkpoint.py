@@ -14,6 +14,7 @@ import numpy as np
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.finite import count_not_finite
 from metaembed.runtime.geometry import Geometry
+from metaembed.runtime.manifest import MANIFEST
 from metaembed.runtime.tensors import META_TABLE, expected_tensors
 
 from .checkpoint_names import canonical_name
@@ -123,7 +124,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}")
     if not (folder / CONFIG).is_file():
-        raise UsageError(f"{folder} has no config.json, so it is no Hugging Face checkpoint{_adapter_hint(folder)}")
+        raise UsageError(f"{folder} has no config.json, so it is no Hugging Face checkpoint{_other_hint(folder)}")
     return read_json(folder / CONFIG)
 
 
@@ -226,6 +227,11 @@ def list_some(what: str, names: list[str], most: int = 3) -> str:
     """``what`` and the first few names, or nothing when there are none."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{what} {', '.join(names[:most])}{rest}" if names else ""
+
+
+def _other_hint(folder: Path) -> str:
+    is_bundle = (folder / MANIFEST).is_file()
+    return "; it is a bundle, made by an export: name what that was made of" if is_bundle else _adapter_hint(folder)
 
 
 def _adapter_hint(folder: Path) -> str:

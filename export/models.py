@@ -91,6 +91,9 @@ def resolve_model(model: str, *, base: Folder | None = None, adapter: Folder | N
         UsageError: no such model, a base of another size than the name says, or no adapter where one is named.
         BundleError: config.json or a file of the adapter is damaged.
     """
+    for option, place in (("--model", model), ("--base", base), ("--adapter", adapter)):
+        if place == "":  # an unset variable of a shell; as a path it would be the current folder
+            raise UsageError(f"{option} is empty; name a folder or a hub id, or '.' for the current folder")
     if model.lower() in KNOWN:
         return _resolve_known(KNOWN[model.lower()], base, adapter)
     if model.lower() == DEMO:

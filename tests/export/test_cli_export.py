@@ -261,6 +261,40 @@ def test_a_dry_run_refuses_what_the_export_would(refused: Callable[..., str], ar
     assert words in refused(2, "--model", "demo", "--budget", "8,16", "--dry-run", *argv)
 
 
+@pytest.mark.parametrize("option", ["--model", "--base", "--adapter"])
+def test_an_unset_variable_is_not_the_current_folder(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, checkpoint: Path, option: str
+):
+    monkeypatch.chdir(checkpoint)
+    others = {"--model": (), "--base": ("--model", "7b"), "--adapter": ("--model", ".")}[option]
+    assert f"{option} is empty" in refused(2, *others, option, "", "--budget", "8,16", "--dry-run")
+
+
+def test_a_bundle_is_no_model_to_export(refused: Callable[..., str], tmp_path: Path):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "bundle.json").write_text("{}")
+    assert "it is a bundle" in refused(2, "--model", tmp_path / "bundle", "--budget", "8,16")
+
+
+def test_a_device_named_twice_is_one_target(output: Path, cheap: pytest.MonkeyPatch):
+    """runtime/devices.py: orin is another name of agx-orin-64gb."""
+    heard: list[str] = []
+    cheap.setattr("metaembed.export.cli.build", lambda argv: heard.extend(argv) or 0)
+    targets = ["--target", "orin", "--target", "agx-orin-64gb", "--target", "a100", "--target", "orin"]
+    assert main(["--model", "demo", "--budget", "1,1", "--no-parity", "-o", str(output), *targets]) == 0
+    assert heard == [str(output), "--target=agx-orin-64gb", "--target=a100-80gb"]
+
+
+def test_a_dry_run_counts_the_largest_image_that_the_processor_makes(output: Path, capsys: pytest.CaptureFixture[str]):
+    """The demo's preprocessor_config.json has max_pixels = 1024 * 28 * 28, to which the export keeps."""
+    command = ["--model", "demo", "--budget", "8,16", "--dry-run", "-o", str(output)]
+    assert main(command) == 0
+    plain = capsys.readouterr().out
+    assert "image of 1024 tokens" in plain
+    assert main([*command, "--max-image-tokens", "4096"]) == 0
+    assert capsys.readouterr().out == plain
+
+
 def test_limits_between_which_no_image_lies(refused: Callable[..., str], checkpoint: Path):
     """401 tokens exactly: a prime, so a single row, which is longer than the 200 times its width that Qwen takes."""
     rules = json.loads((checkpoint / "preprocessor_config.json").read_bytes())

@@ -1,7 +1,7 @@
 """What an export costs: seconds, peak memory and bytes beyond the weights, measured from outside the process.
 
-An export reads headers only, so its cost does not depend on what the weights are: checkpoints measured here are sparse
-files of the real size, which take no disk and read as zeros.
+An export's cost does not depend on what the weights are: checkpoints measured here are sparse files of the real size,
+which take no disk and read as zeros.
 """
 
 from __future__ import annotations

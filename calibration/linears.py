@@ -12,6 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from metaembed.runtime.errors import BundleError
+from metaembed.runtime.finite import count_not_finite
 from metaembed.runtime.manifest import LANGUAGE, VISION
 
 GRAPHS = (VISION, LANGUAGE)
@@ -139,6 +140,5 @@ def check_finite(folder: Path, models: Iterable[ir.Model]) -> None:
     for model in models:
         for name, value in model.graph.initializers.items():
             values = read_tensor(folder, value.const_value)
-            if value.dtype.is_floating_point() and not np.isfinite(np.asarray(values, np.float32)).all():
-                count = int((~np.isfinite(np.asarray(values, np.float32))).sum())
+            if value.dtype.is_floating_point() and (count := count_not_finite(values)):
                 raise BundleError(f"weight {name} holds {count} values that are NaN or infinite; nothing can be scaled")

@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from metaembed.runtime.errors import BundleError, UsageError
+from metaembed.runtime.finite import count_not_finite
 
 from .checkpoint import (
     METAEMBED_KEYS,
     Checkpoint,
     Refs,
+    finite_pieces,
     list_some,
     read_config,
     read_json,
@@ -114,6 +116,12 @@ def open_with_adapter(
     return _apply_replacements(Path(base), found)
 
 
+def check_adapter(base: str | Path, adapter: str | Path) -> None:
+    """Refuse, from headers alone, what ``open_with_adapter`` would; nothing is merged."""
+    found = Adapter.open(adapter)
+    _check_updates(_apply_replacements(Path(base), found), found)
+
+
 def merge_adapter(
     base: str | Path,
     adapter: Adapter,
@@ -162,15 +170,30 @@ def _check_updates(checkpoint: Checkpoint, adapter: Adapter) -> None:
 def _merged_pieces(name: str, *, checkpoint: Checkpoint, updates: Mapping[str, LoraUpdate]) -> Iterator[np.ndarray]:
     ref, update = checkpoint.tensors[name], updates.get(name)
     if update is None:
-        yield from ref.pieces(MERGE_VALUES)
+        yield from finite_pieces(name, ref, MERGE_VALUES)
         return
-    a, b = (half.read().astype(np.float32) for half in (update.a, update.b))
+    a, b = (_read_half(name, half) for half in (update.a, update.b))
     width, rows = ref.shape[1], max(1, MERGE_VALUES // ref.shape[1])
-    for start, piece in zip(range(0, ref.shape[0], rows), ref.pieces(rows * width), strict=True):
+    pieces = finite_pieces(name, ref, rows * width)
+    for start, piece in zip(range(0, ref.shape[0], rows), pieces, strict=True):
         merged = b[start : start + rows] @ a  # (rows, rank) x (rank, in)
         merged *= np.float32(update.scale)
         merged += piece.reshape(-1, width).astype(np.float32)
-        yield merged.astype(piece.dtype)
+        with np.errstate(over="ignore"):
+            stored = merged.astype(piece.dtype)
+        if count_not_finite(stored):
+            raise BundleError(
+                f"{name} and its LoRA update add up to more than {ref.dtype} holds; "
+                "give the base model's weights in bfloat16 or float32"
+            )
+        yield stored
+
+
+def _read_half(name: str, half: TensorRef) -> np.ndarray:
+    pieces = finite_pieces(f"the LoRA update of {name}", half, MERGE_VALUES)
+    return np.concatenate([np.empty(0, np.float32), *(piece.astype(np.float32) for piece in pieces)]).reshape(
+        half.shape
+    )
 
 
 def _add(found: dict[str, T], key: str, value: T, raw: str) -> None:

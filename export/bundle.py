@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import onnx_ir as ir
-import tokenizers
 
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.check import Check
-from metaembed.runtime.errors import BundleError, UsageError
+from metaembed.runtime.errors import UsageError
 from metaembed.runtime.frozen import frozen_name
 from metaembed.runtime.manifest import (
     DEFAULT_OPSET,
@@ -34,7 +33,7 @@ from metaembed.runtime.manifest import (
 from metaembed.runtime.processor import write_image_rules
 from metaembed.runtime.staging import staged_folder
 from metaembed.runtime.tensors import parameter_count
-from metaembed.runtime.text import Template, Tokenizer
+from metaembed.runtime.text import Template
 from metaembed.runtime.weights import place_file
 
 from .attention_parts import attend_in_parts
@@ -42,9 +41,9 @@ from .checkpoint import Checkpoint
 from .frozen import trace_frozen
 from .graph import WeightRef, attach_weights, check_operators, save_graph, widen_for_cpu
 from .models import ResolvedModel
-from .processor import read_processor
+from .processor import find_tokenizer, read_processor
 from .scorer import write_scorer
-from .source import Source, asset_folders, convert_weights, find_asset, open_source
+from .source import Source, asset_folders, convert_weights, open_source
 from .trace import trace_language, trace_vision
 
 log = logging.getLogger(__name__)
@@ -133,6 +132,11 @@ def export_bundle(
                 "the checkpoint's preprocessor_config.json allows no more"
             )
             request = replace(request, limits=limits)
+        # What was merged, converted or made up was checked, or is finite, as it was written into ``work``.
+        unread = [name for name, ref in checkpoint.tensors.items() if work.resolve() not in ref.path.parents]
+        if unread:
+            progress.stage("looking for NaN and infinity in the weights")
+            checkpoint.check_finite(progress.track(unread, "weights"))
         progress.stage("placing weights")
         refs = place_weights(checkpoint, folder, progress.advance)
         write_graphs(request, checkpoint, refs, folder, progress.stage)
@@ -243,20 +247,7 @@ def _write_assets(request: ExportRequest, folder: Path) -> Limits:
     Returns the limits that hold: the request's, or the image processor's where that allows less.
     """
     assets = asset_folders(request.model, random=request.random_seed is not None)
-    shutil.copyfile(find_asset(assets, TOKENIZER), folder / TOKENIZER)
-    Tokenizer(folder / TOKENIZER, Template())
-    _check_ids(folder / TOKENIZER, request.model.geometry.text.vocab)
+    shutil.copyfile(find_tokenizer(assets, request.model.geometry), folder / TOKENIZER)
     rules = read_processor(assets, request.limits.image_tokens)
     write_image_rules(rules, folder / PROCESSOR)
     return replace(request.limits, image_tokens=rules.max_tokens)
-
-
-def _check_ids(tokenizer: Path, vocab: int) -> None:
-    """A BundleError for a tokenizer with an id that the model's token table has no row for."""
-    ids = tokenizers.Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True)
-    token, largest = max(ids.items(), key=lambda item: item[1])
-    if largest >= vocab:
-        raise BundleError(
-            f"the tokenizer gives {token!r} the id {largest}, and the model's token table has {vocab} rows; "
-            f"copy {TOKENIZER} from the base model"
-        )

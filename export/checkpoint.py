@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from metaembed.runtime.errors import BundleError, UsageError
+from metaembed.runtime.finite import count_not_finite
 from metaembed.runtime.geometry import Geometry
+from metaembed.runtime.manifest import MANIFEST
 from metaembed.runtime.tensors import META_TABLE, expected_tensors
 
 from .checkpoint_names import canonical_name
@@ -28,9 +31,7 @@ METAEMBED_KEYS = (
 META_MODULES = ("prompt_embed_tokens.", "custom_text_proj.")
 HINTS = {META_TABLE: " (the Meta Tokens; a plain Qwen2.5-VL needs a MetaEmbed adapter, --adapter)"}
 MAX_JSON_BYTES = 100_000_000
-SCAN_VALUES = 1 << 22
-# The exponent bits of each type; a value is NaN or infinite when all are set.
-EXPONENTS = {"F32": (np.uint32, 0x7F80_0000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
+SCAN_VALUES = 1 << 18
 
 Refs = dict[str, TensorRef]
 
@@ -83,21 +84,26 @@ class Checkpoint:
         return self.tensors[name].read()
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
-        """Read every weight once, in small pieces (pass a progress bar over ``tensors`` as ``names``).
+        """Read weights once, in small pieces: those of ``names`` (a progress bar over them will do), or all.
 
         Raises:
             BundleError: a tensor holds NaN or infinity; it is named.
         """
         for name in self.tensors if names is None else names:
-            if not is_finite(self.tensors[name]):
-                raise BundleError(f"{name} in {self.tensors[name].path} holds NaN or infinite values")
+            for _ in finite_pieces(name, self.tensors[name], SCAN_VALUES):
+                pass
 
 
-def is_finite(ref: TensorRef) -> bool:
-    """Whether no value is NaN or infinite."""
-    bits, exponent = EXPONENTS[ref.dtype]
-    pieces = ref.pieces(SCAN_VALUES)
-    return all((piece.view(bits) & bits(exponent)).max() != exponent for piece in pieces)
+def finite_pieces(name: str, ref: TensorRef, values: int) -> Iterator[np.ndarray]:
+    """``ref.pieces``; a BundleError, which says ``name``, at the first piece that holds NaN or infinity."""
+    for piece in ref.pieces(values):
+        if count_not_finite(piece):
+            count = sum(map(count_not_finite, ref.pieces(SCAN_VALUES)))
+            raise BundleError(
+                f"{name} in {ref.path} holds NaN or infinite values ({count} of {prod(ref.shape)}); "
+                "fetch the file again, or take an earlier checkpoint if the training diverged"
+            )
+        yield piece
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -118,7 +124,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}")
     if not (folder / CONFIG).is_file():
-        raise UsageError(f"{folder} has no config.json, so it is no Hugging Face checkpoint{_adapter_hint(folder)}")
+        raise UsageError(f"{folder} has no config.json, so it is no Hugging Face checkpoint{_other_hint(folder)}")
     return read_json(folder / CONFIG)
 
 
@@ -221,6 +227,11 @@ def list_some(what: str, names: list[str], most: int = 3) -> str:
     """``what`` and the first few names, or nothing when there are none."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{what} {', '.join(names[:most])}{rest}" if names else ""
+
+
+def _other_hint(folder: Path) -> str:
+    is_bundle = (folder / MANIFEST).is_file()
+    return "; it is a bundle, made by an export: name what that was made of" if is_bundle else _adapter_hint(folder)
 
 
 def _adapter_hint(folder: Path) -> str:

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = resolve_model(args.model, base=args.base, adapter=args.adapter)
     geometry = model.geometry
-    devices = [find_device(name) for name in args.target or ()]
+    devices = list(dict.fromkeys(find_device(name) for name in args.target or ()))  # orin, agx-orin-64gb: one
     for device in devices:
         check_types(device, args.precision, args.quantize)
         check_opset(device, args.opset, args.precision)
@@ -102,10 +102,11 @@ def run(args: argparse.Namespace) -> int:
     check_output(output, force=args.force)
     if args.random_weights is None and not args.dry_run:
         model.require_base()
-    _check_images(model, limits, random=args.random_weights is not None)
+    image_tokens = _check_images(model, limits, random=args.random_weights is not None)
     calibration = _read_calibration(args, limits)
     if args.dry_run:
-        plan = make_plan(model.name, geometry, budgets, CANDIDATES, max_image_tokens=limits.image_tokens)
+        _check_files(model, random=args.random_weights is not None)
+        plan = make_plan(model.name, geometry, budgets, CANDIDATES, max_image_tokens=image_tokens)
         found = "random weights" if args.random_weights is not None else model.base or "none were found"
         print(f"graphs: vision.onnx, language.onnx, one set of weights ({found})\n{describe(plan)}")
         print(describe_fits(plan, devices or DEVICES))
@@ -156,13 +157,31 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError("--data is what --quantize int8 or --quantize fp8 calibrates on; give one of them too")
 
 
-def _check_images(model: ResolvedModel, limits: Limits, *, random: bool) -> None:
-    """A limit that no image could keep to; of a known size without weights there is no processor to ask."""
+def _check_images(model: ResolvedModel, limits: Limits, *, random: bool) -> int:
+    """Refuse limits that no image could keep to; the most tokens that one will have.
+
+    A processor may allow less than was asked for; of a known size without weights there is none to ask.
+    """
+    from .golden import largest_size
     from .processor import read_processor
     from .source import asset_folders
 
+    if not random and model.base is None:
+        return limits.image_tokens
+    rules = read_processor(asset_folders(model, random=random), limits.image_tokens)
+    largest_size(rules)
+    return rules.max_tokens
+
+
+def _check_files(model: ResolvedModel, *, random: bool) -> None:
+    """What the export would read of the model, as far as there is any, looked at without being loaded."""
+    from .processor import find_tokenizer
+    from .source import asset_folders
+
     if random or model.base is not None:
-        read_processor(asset_folders(model, random=random), limits.image_tokens)
+        find_tokenizer(asset_folders(model, random=random), model.geometry)
+    if not random and model.base is not None:
+        model.check()
 
 
 def _read_calibration(args: argparse.Namespace, limits: Limits) -> Any:

@@ -17,8 +17,9 @@ from metaembed.runtime.errors import UsageError
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.known_models import KNOWN, KnownModel
 from metaembed.runtime.manifest import check_name
+from metaembed.runtime.projection import with_stored_projection
 
-from .adapter import ADAPTER_CONFIG, Adapter, open_with_adapter
+from .adapter import ADAPTER_CONFIG, Adapter, check_adapter, open_with_adapter
 from .checkpoint import Checkpoint, has_weights, read_config, read_json
 from .safetensors_writer import Advance
 
@@ -72,6 +73,13 @@ class ResolvedModel:
             return Checkpoint.open(base)
         return open_with_adapter(base, self.adapter, merged, advance=advance)
 
+    def check(self) -> None:
+        """Refuse, from headers alone, what ``open`` would: tensors that are missing, misshapen or cut short."""
+        if self.adapter is None:
+            Checkpoint.open(self.require_base())
+        else:
+            check_adapter(self.require_base(), self.adapter)
+
 
 def resolve_model(model: str, *, base: Folder | None = None, adapter: Folder | None = None) -> ResolvedModel:
     """Find what ``model`` names: ``demo``, ``3b``, ``7b``, ``32b``, a folder, or a hub id in the local cache.
@@ -83,6 +91,9 @@ def resolve_model(model: str, *, base: Folder | None = None, adapter: Folder | N
         UsageError: no such model, a base of another size than the name says, or no adapter where one is named.
         BundleError: config.json or a file of the adapter is damaged.
     """
+    for option, place in (("--model", model), ("--base", base), ("--adapter", adapter)):
+        if place == "":  # an unset variable of a shell; as a path it would be the current folder
+            raise UsageError(f"{option} is empty; name a folder or a hub id, or '.' for the current folder")
     if model.lower() in KNOWN:
         return _resolve_known(KNOWN[model.lower()], base, adapter)
     if model.lower() == DEMO:
@@ -141,7 +152,9 @@ def _resolve_folder(name: str, folder: Path, base: Folder | None, adapter: Folde
 def _with_adapter(
     name: str, config: Mapping[str, Any], base: Path | None, adapter: Folder | None, looked: tuple[str, ...] = ()
 ) -> ResolvedModel:
-    """The model as the adapter, if there is one, configures it; its headers are read and nothing else."""
+    """The model as the base's projection and the adapter, if there is one, configure it; headers are read, no more."""
+    if base is not None:
+        config = with_stored_projection(config, base)
     if adapter is None:
         return ResolvedModel(name, config, base, None, looked)
     folder = find_folder(adapter)

@@ -11,9 +11,7 @@ import numpy as np
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.check import Check, check_bundle
 from metaembed.runtime.encoder import Encoder
-from metaembed.runtime.errors import UsageError
 from metaembed.runtime.golden import SIDES, GoldenItem, golden_path, write_golden
-from metaembed.runtime.images import MIN_SIDE, ImageRules, smart_resize
 from metaembed.runtime.manifest import PROCESSOR, Limits
 from metaembed.runtime.processor import read_image_rules
 
@@ -38,10 +36,8 @@ def write_goldens(
     """Encode golden inputs (``full`` or ``quick``) with the reference; store them at the largest budget of each side."""
     rules = read_image_rules(folder / PROCESSOR)
     for side in SIDES:
-        items = INPUTS[inputs](
-            side, limits.image_tokens, lambda text: reference.count_tokens(text) <= limits.text_tokens
-        )
-        batches = _batches(within_rules(items, rules), together=reference.streamed)
+        items = INPUTS[inputs](side, rules, lambda text: reference.count_tokens(text) <= limits.text_tokens)
+        batches = _batches(items, together=reference.streamed)
         embeddings = [reference.encode(side, batch) for batch in track(batches, f"reference, {side}")]
         most = max(getattr(budget, side) for budget in budgets)
         write_golden(folder / golden_path(side), list(chain(*batches)), np.concatenate(embeddings)[:, :most])
@@ -65,17 +61,3 @@ def check_export(folder: Path) -> Check:
         check = check_bundle(encoder)
     check.require()
     return check
-
-
-def within_rules(items: Sequence[GoldenItem], rules: ImageRules) -> list[GoldenItem]:
-    """The items without those whose image the processor, which enlarges small ones, cannot keep to its limit."""
-    return [item for item in items if item.image is None or _can_resize(item.image.size, rules)]
-
-
-def _can_resize(size: tuple[int, int], rules: ImageRules) -> bool:
-    width, height = (max(MIN_SIDE, side) for side in size)
-    try:
-        smart_resize(height, width, rules)
-    except UsageError:
-        return False
-    return True

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from metaembed.runtime.errors import UsageError
+from metaembed.runtime.finite import count_not_finite
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, finite_pieces
 from .models import DEMO_FOLDER, ResolvedModel
 from .random_weights import write_random_checkpoint
 from .safetensors_header import FLOAT_DTYPES
@@ -85,11 +86,10 @@ def convert_weights(checkpoint: Checkpoint, precision: str, folder: Path, advanc
 
 
 def _converted(checkpoint: Checkpoint, dtype: str, name: str) -> Iterator[np.ndarray]:
-    values = checkpoint.read(name).reshape(-1)
-    for start in range(0, values.size, PIECE_VALUES):
-        piece = values[start : start + PIECE_VALUES].astype(np.float32)
+    for piece in finite_pieces(name, checkpoint.tensors[name], PIECE_VALUES):
         with np.errstate(over="ignore"):
-            narrow = piece.astype(FLOAT_DTYPES[dtype])
-        if dtype == "F16" and np.isinf(narrow).any():
-            raise UsageError(f"{name} holds values beyond float16's 65504; export with --precision bf16")
+            narrow = piece.astype(np.float32).astype(FLOAT_DTYPES[dtype])
+        if count_not_finite(narrow):
+            beyond, wider = ("float16's 65504", "bf16") if dtype == "F16" else ("bfloat16's 3.39e38", "fp32")
+            raise UsageError(f"{name} holds values beyond {beyond}; export with --precision {wider}")
         yield narrow

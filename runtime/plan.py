@@ -16,6 +16,7 @@ from .images import DEFAULT_SIZE, ImageRules, smart_resize
 from .known_models import DEMO, KNOWN
 from .layout import PATCHES, count_windows
 from .manifest import MANIFEST, Bundle
+from .projection import with_stored_projection
 from .tensors import parameter_count
 
 SIZES = {DEMO.name: DEMO, **KNOWN}
@@ -97,9 +98,12 @@ def find_geometry(model: str) -> Geometry:
     if not (Path(model) / "config.json").is_file():
         raise UsageError(f"{model!r} is none of {', '.join(SIZES)}, nor a bundle or checkpoint folder")
     try:
-        return Geometry.from_config(json.loads((Path(model) / "config.json").read_bytes()))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, RecursionError) as error:
-        raise BundleError(f"{model}/config.json cannot be read ({error})") from None
+        config = json.loads((Path(model) / "config.json").read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{model}/config.json cannot be read as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise BundleError(f"{model}/config.json does not hold a JSON object")
+    return Geometry.from_config(with_stored_projection(config, Path(model)))
 
 
 def make_plan(

@@ -104,6 +104,10 @@ class Tokenizer:
         self.size: int = full.get_vocab_size(with_added_tokens=True)
         self._frames = {(side, image): self._frame(side, image) for side in get_args(Side) for image in (False, True)}
 
+    def largest_id(self) -> tuple[str, int]:
+        """The token with the largest id, added ones included, and that id."""
+        return max({**self._plain.get_vocab(), **self._control}.items(), key=lambda item: item[1])
+
     def prompt_ids(
         self, text: str | None, image_tokens: int, side: Side, max_text_tokens: int
     ) -> npt.NDArray[np.int64]:

@@ -250,6 +250,35 @@ def test_adapter_for_another_model_is_one_sentence(copied, case):
     assert_refused(copied, *words)
 
 
+def spoil(path, ending, value=float("nan")):
+    """One value of the tensor whose name ends so; the name."""
+    tensors = load_file(path)
+    name = pick(tensors, ending)
+    tensors[name].view(-1)[5] = value
+    save_file(tensors, path, {"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("ending", ["1.self_attn.q_proj.lora_A.weight", "1.self_attn.q_proj.lora_B.weight"])
+def test_an_update_with_nan_is_named_while_it_is_merged(copied, ending):
+    spoil(copied / "adapter" / "adapter_model.safetensors", ending)
+    assert_refused(copied, "the LoRA update of language_model.layers.1.self_attn.q_proj.weight", "(1 of ")
+
+
+@pytest.mark.parametrize("ending", ["1.self_attn.q_proj.weight", "1.self_attn.q_proj.bias"])
+def test_a_base_with_nan_is_named_whether_updated_or_copied(copied, ending):
+    spoil(copied / "base" / "model.safetensors", ending)
+    assert_refused(copied, f"language_model.layers.{ending} in {copied / 'base'}", "(1 of ")
+
+
+def test_a_sum_beyond_the_type_of_the_base_is_named(tmp_path, tiny_config):
+    """65504 is float16's largest; the update adds 6 / 4 * 4 * 100 * 100."""
+    train(tiny_config, tmp_path, dtype=torch.float16)
+    spoil(tmp_path / "base" / "model.safetensors", "1.self_attn.q_proj.weight", 65504.0)
+    rewrite_adapter(tmp_path, lambda t: {n: torch.full_like(v, 100) if "1.self" in n else v for n, v in t.items()})
+    assert_refused(tmp_path, "language_model.layers.1.self_attn.q_proj.weight and its LoRA update", "than F16 holds")
+
+
 def test_folder_without_adapter_files_is_one_sentence(copied):
     (copied / "adapter" / "adapter_model.safetensors").unlink()
     assert_refused(copied, "no adapter_model.safetensors")

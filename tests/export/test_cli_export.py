@@ -10,7 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
+from safetensors.numpy import load_file, save_file
 
 from metaembed.export import bundle as bundle_module
 from metaembed.export.cli import main
@@ -137,6 +140,28 @@ def test_a_checkpoint_without_a_part(refused: Callable[..., str], checkpoint: Pa
     assert name in refused(2, "--model", checkpoint, "--budget", "8,16")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("parity", [("--no-parity",), ()], ids=["unverified", "parity"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_weight_that_is_not_finite_is_named_before_anything_is_traced(
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+    precision: str,
+    parity: tuple[str, ...],
+    value: float,
+):
+    """The last row of the token table, which no token has and no golden input would reach. 704 rows of 128."""
+    monkeypatch.setattr(bundle_module, "trace_vision", lambda *_, **__: pytest.fail("it was traced"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    (table,) = (name for name in tensors if name.endswith(".embed_tokens.weight"))
+    tensors[table][703, 127] = value
+    save_file(tensors, checkpoint / "model.safetensors")
+    sentence = refused(1, "--model", checkpoint, "--budget", "8,16", "--precision", precision, *parity)
+    assert "language_model.embed_tokens.weight" in sentence
+    assert f"{checkpoint / 'model.safetensors'} holds NaN or infinite values (1 of {704 * 128})" in sentence
+
+
 @pytest.mark.parametrize("kept", [0, 7, 100, 5000, -1])
 def test_truncated_weights(refused: Callable[..., str], checkpoint: Path, kept: int):
     path = checkpoint / "model.safetensors"
@@ -234,6 +259,96 @@ def test_failed_parity_leaves_no_bundle(refused: Callable[..., str], cheap: pyte
 def test_a_dry_run_refuses_what_the_export_would(refused: Callable[..., str], argv: tuple[str, ...], words: str):
     """The demo's processor makes no image of less than 56 x 56 pixels, 4 tokens."""
     assert words in refused(2, "--model", "demo", "--budget", "8,16", "--dry-run", *argv)
+
+
+@pytest.mark.parametrize("option", ["--model", "--base", "--adapter"])
+def test_an_unset_variable_is_not_the_current_folder(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, checkpoint: Path, option: str
+):
+    monkeypatch.chdir(checkpoint)
+    others = {"--model": (), "--base": ("--model", "7b"), "--adapter": ("--model", ".")}[option]
+    assert f"{option} is empty" in refused(2, *others, option, "", "--budget", "8,16", "--dry-run")
+
+
+def test_a_bundle_is_no_model_to_export(refused: Callable[..., str], tmp_path: Path):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "bundle.json").write_text("{}")
+    assert "it is a bundle" in refused(2, "--model", tmp_path / "bundle", "--budget", "8,16")
+
+
+def test_a_device_named_twice_is_one_target(output: Path, cheap: pytest.MonkeyPatch):
+    """runtime/devices.py: orin is another name of agx-orin-64gb."""
+    heard: list[str] = []
+    cheap.setattr("metaembed.export.cli.build", lambda argv: heard.extend(argv) or 0)
+    targets = ["--target", "orin", "--target", "agx-orin-64gb", "--target", "a100", "--target", "orin"]
+    assert main(["--model", "demo", "--budget", "1,1", "--no-parity", "-o", str(output), *targets]) == 0
+    assert heard == [str(output), "--target=agx-orin-64gb", "--target=a100-80gb"]
+
+
+def test_a_dry_run_counts_the_largest_image_that_the_processor_makes(output: Path, capsys: pytest.CaptureFixture[str]):
+    """The demo's preprocessor_config.json has max_pixels = 1024 * 28 * 28, to which the export keeps."""
+    command = ["--model", "demo", "--budget", "8,16", "--dry-run", "-o", str(output)]
+    assert main(command) == 0
+    plain = capsys.readouterr().out
+    assert "image of 1024 tokens" in plain
+    assert main([*command, "--max-image-tokens", "4096"]) == 0
+    assert capsys.readouterr().out == plain
+
+
+def test_limits_between_which_no_image_lies(refused: Callable[..., str], checkpoint: Path):
+    """401 tokens exactly: a prime, so a single row, which is longer than the 200 times its width that Qwen takes."""
+    rules = json.loads((checkpoint / "preprocessor_config.json").read_bytes())
+    rules |= {"min_pixels": 401 * 28 * 28, "max_pixels": 401 * 28 * 28}
+    (checkpoint / "preprocessor_config.json").write_text(json.dumps(rules))
+    assert "no image keeps to both limits" in refused(2, "--model", checkpoint, "--budget", "8,16")
+
+
+def test_a_dry_run_refuses_weights_that_are_cut_short(refused: Callable[..., str], checkpoint: Path):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "cut short" in refused(1, "--model", checkpoint, "--budget", "8,16", "--dry-run")
+    assert main(["--model", str(checkpoint), "--budget", "8,16", "--dry-run", "--random-weights", "0"]) == 0
+
+
+def test_a_dry_run_refuses_a_tokenizer_beyond_the_token_table(refused: Callable[..., str], checkpoint: Path):
+    """The demo's last id is 642 (video_token_id of its config.json)."""
+    config = json.loads((checkpoint / "config.json").read_bytes())
+    config["text_config"]["vocab_size"] = 642
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert "'<|video_pad|>' the id 642" in refused(1, "--model", checkpoint, "--budget", "8,16", "--dry-run")
+    (checkpoint / "tokenizer.json").unlink()
+    assert "no tokenizer.json" in refused(2, "--model", checkpoint, "--budget", "8,16", "--dry-run")
+
+
+def test_a_dry_run_refuses_an_adapter_for_another_model(refused: Callable[..., str], checkpoint: Path, tmp_path: Path):
+    """64 wide, where the demo's decoder has 128."""
+    (tmp_path / "lora").mkdir()
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    halves = {f"{module}.lora_A.weight": np.ones((1, 64), np.float32), f"{module}.lora_B.weight": np.ones((128, 1))}
+    save_file(
+        {name: half.astype(np.float32) for name, half in halves.items()},
+        tmp_path / "lora" / "adapter_model.safetensors",
+    )
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
+    command = ("--model", checkpoint, "--adapter", tmp_path / "lora", "--budget", "8,16", "--dry-run")
+    assert "([128, 64] onto [128, 128])" in refused(2, *command)
+
+
+def test_tokenizer_json_is_parsed_once(output: Path, cheap: pytest.MonkeyPatch):
+    """Not free for Qwen's 152,000 tokens."""
+    real, parsed = tokenizers.Tokenizer, []
+
+    class Counting:
+        def __call__(self, model: object) -> object:
+            return real(model)
+
+        def __getattr__(self, name: str) -> object:
+            parsed.append(name)  # from_file, from_str ...
+            return getattr(real, name)
+
+    cheap.setattr(tokenizers, "Tokenizer", Counting())
+    assert main(["--model", "demo", "--budget", "1,1", "--no-parity", "--quiet", "-o", str(output)]) == 0
+    assert len(parsed) == 1
 
 
 def test_a_dry_run_refuses_an_output_that_exists(output: Path, capsys: pytest.CaptureFixture[str]):

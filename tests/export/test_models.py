@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from metaembed.export.models import DEMO_FOLDER, resolve_model
 from metaembed.export.random_weights import write_random_checkpoint
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.known_models import KNOWN, KnownModel
+from metaembed.runtime.plan import find_geometry
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +121,55 @@ def test_the_adapter_s_metaembed_settings_outrank_the_base_s(tmp_path, tiny):
     random = write_random_checkpoint(found.config, 0, tmp_path / "random")
     assert random.tensors["prompt_embed_tokens.weight"].shape == (12, 48)
     assert resolve_model("mine", adapter="lora").open(tmp_path / "merged").geometry == geometry
+
+
+@pytest.mark.parametrize("layout", ["one file", "shards", "beside", "trained by PEFT"])
+def test_projection_of_a_whole_checkpoint_whose_config_does_not_tell(tmp_path, tiny, layout):
+    """Expected: 5 dims, as written here. Before weights are opened: for dry runs and rehearsals."""
+    checkpoint = write_random_checkpoint(tiny | {"dim": 5}, 0, tmp_path / "mine")
+    tensors = load_file(checkpoint.files[0])
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(tiny))
+    projection = {name: tensors[name] for name in tensors if name.startswith("custom_text_proj")}
+    if layout == "shards":
+        shutil.rmtree(tmp_path / "mine")
+        write_random_checkpoint(tiny | {"dim": 5}, 0, tmp_path / "mine", shard_bytes=60_000)
+        (tmp_path / "mine" / "config.json").write_text(json.dumps(tiny))
+    elif layout == "beside":
+        save_file({n: t for n, t in tensors.items() if n not in projection}, tmp_path / "mine" / "model.safetensors")
+        save_file(projection, tmp_path / "mine" / "custom_text_proj.safetensors")
+    elif layout == "trained by PEFT":
+        untrained = {
+            f"{n[:16]}.original_module.{n[17:]}": torch.ones(9, 48)[: len(t) + 1] for n, t in projection.items()
+        }
+        trained = {f"{n[:16]}.modules_to_save.default.{n[17:]}": t for n, t in projection.items()}
+        others = {n: t for n, t in tensors.items() if n not in projection}
+        save_file(others | trained | untrained, tmp_path / "mine" / "model.safetensors")
+    write_adapter(tmp_path / "lora", {"prompt_embed_tokens.weight": torch.ones(10, 48)})
+    for found in (
+        resolve_model("mine"),
+        resolve_model("tiny", base="mine"),
+        resolve_model("mine", adapter="lora"),
+    ):
+        assert found.geometry.dim == 5
+        assert write_random_checkpoint(found.config, 0, tmp_path / "random").geometry.dim == 5
+        shutil.rmtree(tmp_path / "random")
+    assert find_geometry("mine").dim == 5
+    assert resolve_model("mine").open(tmp_path / "none").geometry.dim == 5
+
+
+def test_a_config_that_tells_the_width_outranks_the_weights_until_they_are_opened(tmp_path, tiny):
+    write_model(tmp_path / "mine", tiny, dim=5)
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(tiny | {"dim": 6}))
+    assert resolve_model("mine").geometry.dim == 6
+    with pytest.raises(BundleError, match=r"custom_text_proj.weight \(5, 48\), not \(6, 48\)"):
+        resolve_model("mine").open(tmp_path / "none")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 20, b"\x08\0\0\0\0\0\0\0{'a': 1}"])
+def test_weights_that_cannot_be_read_hinder_no_rehearsal(tmp_path, tiny, content):
+    write_model(tmp_path / "mine", tiny)
+    (tmp_path / "mine" / "model.safetensors").write_bytes(content)
+    assert resolve_model("mine").geometry.dim == find_geometry("mine").dim == 48
 
 
 def test_projection_of_an_adapter_for_a_known_size_without_weights(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from metaembed.export.graph import attach_weights, save_graph
 from metaembed.export.random_weights import write_random_checkpoint
 from metaembed.export.safetensors_writer import TensorSpec, write_checkpoint
 from metaembed.export.source import convert_weights
-from metaembed.runtime.errors import UsageError
+from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.structure import allowed_operators
 
@@ -83,27 +84,51 @@ def test_narrow_graphs_hand_over_image_embeddings_in_their_own_type(deep):
 
 
 @pytest.fixture
-def with_large_value(tmp_path: Path, tiny) -> Checkpoint:
-    """One value of one weight is beyond float16's range, though not beyond bf16's."""
+def with_value(tmp_path: Path, tiny) -> Callable[[float], Checkpoint]:
+    """A float32 checkpoint in which one weight has this value."""
     checkpoint = write_random_checkpoint(tiny, 0, tmp_path / "small", dtype="fp32")
     specs = {name: TensorSpec(ref.shape, "F32") for name, ref in checkpoint.tensors.items()}
 
-    def pieces(name: str):
-        values = np.array(checkpoint.read(name)).reshape(-1)
-        if name == "language_model.layers.1.mlp.down_proj.weight":
-            values[17] = -70000.0
-        yield values
+    def write(value: float) -> Checkpoint:
+        def pieces(name: str):
+            values = np.array(checkpoint.read(name)).reshape(-1)
+            if name == "language_model.layers.1.mlp.down_proj.weight":
+                values[17] = value
+            yield values
 
-    write_checkpoint(tmp_path / "large", checkpoint.config, specs, pieces)
-    return Checkpoint.open(tmp_path / "large")
+        write_checkpoint(tmp_path / "large", checkpoint.config, specs, pieces)
+        return Checkpoint.open(tmp_path / "large")
+
+    return write
 
 
-def test_a_weight_beyond_fp16_is_refused_with_its_name_and_the_way_out(with_large_value: Checkpoint, tmp_path: Path):
+def test_a_weight_beyond_fp16_is_refused_with_its_name_and_the_way_out(
+    with_value: Callable[[float], Checkpoint], tmp_path: Path
+):
+    large = with_value(-70000.0)
     with pytest.raises(UsageError, match=r"layers\.1\.mlp\.down_proj\.weight holds values beyond.*--precision bf16"):
-        convert_weights(with_large_value, "fp16", tmp_path / "converted", lambda nbytes: None)
+        convert_weights(large, "fp16", tmp_path / "converted", lambda nbytes: None)
     assert not (tmp_path / "converted").exists()
-    converted = convert_weights(with_large_value, "bf16", tmp_path / "converted", lambda nbytes: None)
+    converted = convert_weights(large, "bf16", tmp_path / "converted", lambda nbytes: None)
     assert {ref.dtype for ref in converted.tensors.values()} == {"BF16"}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_is_no_matter_of_precision(
+    with_value: Callable[[float], Checkpoint], tmp_path: Path, precision: str, value: float
+):
+    with pytest.raises(BundleError, match=r"down_proj\.weight in .*large/model.safetensors holds NaN or infinite"):
+        convert_weights(with_value(value), precision, tmp_path / "converted", lambda nbytes: None)
+    assert not (tmp_path / "converted").exists()
+
+
+def test_a_weight_beyond_bf16_is_refused_with_its_name_and_the_way_out(
+    with_value: Callable[[float], Checkpoint], tmp_path: Path
+):
+    """float32's largest value, 3.4028e38, rounds up to infinity in bfloat16, whose largest is 3.3895e38."""
+    with pytest.raises(UsageError, match=r"layers\.1\.mlp\.down_proj\.weight holds values beyond.*--precision fp32"):
+        convert_weights(with_value(3.4028e38), "bf16", tmp_path / "converted", lambda nbytes: None)
 
 
 def crafted_mlp() -> tuple[GatedMLP, torch.Tensor]:

@@ -14,6 +14,9 @@ from metaembed.export.parity import _batches
 from metaembed.export.reference import Reference
 from metaembed.export.source import Source, open_source
 from metaembed.runtime.golden import GoldenItem
+from metaembed.runtime.images import ImageRules
+
+RULES = ImageRules(min_pixels=56 * 56, max_pixels=1024 * 28 * 28)
 
 ITEMS = [
     GoldenItem("a red umbrella and a blue anchor"),
@@ -78,12 +81,12 @@ def test_memory_decides(source: Source, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("side", ["query", "candidate"])
 def test_quick_inputs_are_of_every_kind_and_enough_for_a_ranking(side: str):
-    items = quick_items(side, 1024)
+    items = quick_items(side, RULES)
     assert {item.kind for item in items} == {"text", "image", "image + text"}
     assert side == "query" or len(items) > 10
 
 
 def test_small_inputs_share_a_pass_only_where_weights_are_streamed():
-    items = quick_items("candidate", 1024)
+    items = quick_items("candidate", RULES)
     assert [len(batch) for batch in _batches(items, together=False)] == [1] * len(items)
     assert [len(batch) for batch in _batches(items, together=True)] == [len(items) - 1, 1]

@@ -67,13 +67,13 @@ def test_long_text_is_cut_and_the_loss_is_logged_once(tokenizer, caplog):
     """One token per byte: 7 of 20 letters stay, before the same ending; the prefix does not count."""
     for side in ("query", "candidate"):
         caplog.clear()
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.WARNING, "metaembed"):
             cut = tokenizer.prompt_ids("abcdefghijklmnopqrst", 0, side, 7)
         assert [record.getMessage() for record in caplog.records] == [
             "text of 20 tokens cut to 7: the last 13 are not read"
         ]
         caplog.clear()
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.WARNING, "metaembed"):
             assert cut.tolist() == tokenizer.prompt_ids("abcdefg", 0, side, 7).tolist()
         assert not caplog.records
 
@@ -184,3 +184,13 @@ def test_another_template_is_obeyed_and_checked(folder):
     assert spell(short.prompt_ids("{text} %s {}", 0, "query", 99)) == "<|im_start|>Query: {text} %s {}<|im_end|>!"
     with pytest.raises(BundleError, match="control token"):
         Tokenizer(folder / "tokenizer.json", Template(text="<|im_start|>{text} please<|im_end|>"))
+
+
+def test_the_largest_id_may_be_of_the_model_or_added(folder, tokenizer):
+    """Counted by hand: 256 bytes from 0, seven added tokens after them; then a model whose last byte has id 999."""
+    assert tokenizer.largest_id() == ("<tool_call>", 262)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    last = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"][last] = 999
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer(folder / "tokenizer.json").largest_id() == (last, 999)

@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # CPU builds by default. Plain torch from PyPI brings gigabytes of CUDA; say TORCH=torch to want that.
 TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# A process for each core (tests/conftest.py says which takes what). `make test WORKERS=` needs but one, for a debugger.
+WORKERS ?= -n logical --maxprocesses 4 --no-loadscope-reorder
 SOURCES := $(shell find runtime export calibration bench -type f -not -name '*.pyc' 2>/dev/null) $(wildcard setup.py)
 
 .PHONY: demo test lint bench clean
@@ -15,7 +17,7 @@ demo: $(VENV)/package
 	$(BIN)/metaembed-search demo-out/bundle "a red umbrella" --images demo-out/pages/pages -k 5
 
 test: $(VENV)/package
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/package
 	$(BIN)/ruff format --check .

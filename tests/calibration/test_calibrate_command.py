@@ -18,7 +18,7 @@ from metaembed.calibration.dataset import CalibrationSet
 from metaembed.calibration.linears import find_linears
 from metaembed.calibration.quantise import Quantised, Request, quantise_bundle
 from metaembed.calibration.recipe import Recipe
-from metaembed.export.cli import main as export
+from metaembed.runtime.budget import Budget
 from metaembed.runtime.cli_check import main as check
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.errors import BundleError, ParityError, UsageError
@@ -34,11 +34,10 @@ def int8(
 
 
 @pytest.fixture(scope="module")
-def bf16_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bf16_bundle(narrow_demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo in bf16, which every GPU deployment quantises, at one budget. Nothing here is judged by Hugging Face."""
-    folder = tmp_path_factory.mktemp("bf16") / "bundle"
-    arguments = ["--model", "demo", "--precision", "bf16", "--budget", "4,8", "--no-parity", "--quiet"]
-    assert export([*arguments, "-o", str(folder)]) == 0
+    folder = shutil.copytree(narrow_demo("bf16"), tmp_path_factory.mktemp("bf16") / "bundle")
+    write_manifest(folder, replace(Bundle.open(folder).manifest, budgets=(Budget(4, 8),)))
     return folder
 
 

@@ -14,7 +14,6 @@ import pytest
 
 from metaembed.export.attention_parts import PARTS, attend_in_parts
 from metaembed.export.bundle import NARROW
-from metaembed.export.cli import main
 from metaembed.export.graph import attach_weights, check_operators, save_graph, widen_for_cpu
 from metaembed.runtime.manifest import LANGUAGE, VISION, Bundle, cpu_graph
 from metaembed.runtime.session_ort import OrtSession
@@ -53,14 +52,9 @@ def test_only_whole_image_attention_is_taken_apart(both):
     assert parts["MatMul"] - whole["MatMul"] == 2 * WHOLE_IMAGE_BLOCKS * (PARTS - 1)
 
 
-def test_a_narrow_bundle_keeps_whole_attention_for_engines(tmp_path: Path):
+def test_a_narrow_bundle_keeps_whole_attention_for_engines(narrow_demo):
     """TensorRT fuses what it sees whole; the float32 twin is in parts, and the language graphs have nothing to split."""
-    folder = tmp_path / "bundle"
-    assert (
-        main(["--model", "demo", "--budget", "1,1", "--precision", "bf16", "--no-parity", "-o", str(folder), "--quiet"])
-        == 0
-    )
-    bundle = Bundle.open(folder)
+    bundle = Bundle.open(narrow_demo("bf16"))
     depth, layers = bundle.manifest.geometry.vision.depth, bundle.manifest.geometry.text.layers
     full = len(bundle.manifest.geometry.vision.full_attention_blocks)
     count = {

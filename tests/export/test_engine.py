@@ -34,15 +34,9 @@ TARGETS = {"a100": [8, 0], "a10": [8, 6], "l4": [8, 9], "rtx5090": [12, 0]}
 COMPUTE = {"bf16": "BF16", "fp16": "HALF"}
 
 
-@pytest.fixture(scope="session", params=COMPUTE)
-def narrow_bundle(request, tmp_path_factory):
-    """The demo in bf16 or fp16 at every budget; its parity is the parity tests' business."""
-    from metaembed.export.cli import main
-
-    folder = tmp_path_factory.mktemp(request.param) / "bundle"
-    options = ["--model", "demo", "--budget", "all", "--precision", request.param, "--no-parity", "--quiet"]
-    assert main([*options, "-o", str(folder)]) == 0
-    return folder
+@pytest.fixture(scope="module", params=COMPUTE)
+def narrow_bundle(request, narrow_demo):
+    return narrow_demo(request.param)
 
 
 @pytest.fixture

@@ -95,6 +95,16 @@ class Advice:
     fastest: Option
     smallest: Option
 
+    def to_json(self) -> dict[str, Any]:
+        """The options; ``chosen`` is None where nothing fits, and the fastest and the smallest say what lacks."""
+        found = {"chosen": self.chosen, "fastest": self.fastest, "smallest": self.smallest}
+        return {
+            "device": self.device.name,
+            "memory_bytes": self.memory_bytes,
+            **{name: option and option.to_json() for name, option in found.items()},
+            "runners_up": [option.to_json() for option in self.runners_up],
+        }
+
 
 def advise(plan: Plan, device: Device, needs: Needs, curve: Mapping[str, float] | None = None) -> Advice:
     """Choose among every budget, alone or behind a small first stage, in every precision that the device computes in.
@@ -135,7 +145,8 @@ def read_curve(path: Path) -> dict[str, float]:
         BundleError: a line is damaged.
     """
     if not path.is_file():
-        raise UsageError(f"{path} does not exist; metaembed-bench quality BUNDLE -o FILE writes a quality curve")
+        what = "is a folder, not a file of records" if path.is_dir() else "does not exist"
+        raise UsageError(f"{path} {what}; metaembed-bench quality BUNDLE -o FILE writes a quality curve")
     curve: dict[str, float] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:

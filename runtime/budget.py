@@ -53,7 +53,7 @@ def parse_budgets(texts: Iterable[str], query_tokens: int, candidate_tokens: int
     """Read ``--budget`` values into sorted, distinct budgets; ``all`` stands for the trained groups that fit."""
     found: set[Budget] = set()
     for text in texts:
-        if text.strip() == "all":
+        if text.strip().lower() == "all":
             found |= {Budget(q, c) for q, c in TRAINED_GROUPS if q <= query_tokens and c <= candidate_tokens}
             found.add(Budget(query_tokens, candidate_tokens))
         else:

@@ -107,7 +107,7 @@ def give_advice(plan: Plan, device: Device, args: argparse.Namespace) -> None:
     needs = Needs(args.latency_ms, args.memory_gib, args.reached, args.survivors)
     advice = advise(plan, device, needs, curve)
     if args.json:
-        print(json.dumps(advice.chosen and advice.chosen.to_json(), indent=2))
+        print(json.dumps(advice.to_json(), indent=2))
     else:
         print(describe_advice(plan, advice, measured=curve is not None), end="")
 

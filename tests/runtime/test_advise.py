@@ -108,7 +108,25 @@ def test_the_command_reads_the_curve_and_shows_its_arithmetic(tmp_path, capsys):
     assert main(["--model", "3b", "--latency-ms", "200"]) == 2
 
 
+def test_advice_as_json_says_what_lacks_where_nothing_fits(capsys):
+    """By hand: one vector of a million candidates in int8 is 2.056 GB with its scales, 20 ms at half of 204.8 GB/s."""
+    command = ["--model", "3b", "--candidates", "1e6", "--device", "orin-64gb", "--json", "--latency-ms"]
+    assert main([*command, "500"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"] == "agx-orin-64gb"
+    assert found["chosen"]["latency_ms"] <= 500
+    assert all(option["latency_ms"] <= 500 for option in found["runners_up"])
+    assert main([*command, "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["chosen"], found["runners_up"]) == (None, [])
+    assert found["fastest"]["budget"] == "1,1"
+    assert found["fastest"]["score_ms"] == pytest.approx(20.0, rel=0.05)
+    assert found["smallest"]["device_bytes"] <= found["fastest"]["device_bytes"]
+
+
 def test_a_damaged_curve_is_named(tmp_path):
+    with pytest.raises(UsageError, match="is a folder, not a file"):
+        read_curve(tmp_path)
     path = tmp_path / "quality.jsonl"
     path.write_text('{"kind": "quality"}\n')
     with pytest.raises(BundleError, match="line 1"):

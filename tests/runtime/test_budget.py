@@ -40,7 +40,7 @@ def test_all_stands_for_the_trained_groups():
 
 
 def test_all_includes_the_largest_of_a_smaller_model():
-    assert [str(budget) for budget in parse_budgets(["all"], 4, 9)] == ["1,1", "2,4", "4,8", "4,9"]
+    assert [str(budget) for budget in parse_budgets([" All"], 4, 9)] == ["1,1", "2,4", "4,8", "4,9"]
 
 
 def test_budgets_are_sorted_and_distinct():

@@ -7,7 +7,9 @@ import itertools
 import logging
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from metaembed.runtime.manifest import (
     PROCESSOR,
     TOKENIZER,
     VISION,
+    FileRecord,
     Limits,
     Manifest,
     cpu_graph,
@@ -139,14 +142,25 @@ def export_bundle(
             checkpoint.check_finite(progress.track(unread, "weights"))
         progress.stage("placing weights")
         refs = place_weights(checkpoint, folder, progress.advance)
-        write_graphs(request, checkpoint, refs, folder, progress.stage)
-        check = None
-        if request.parity:
-            check = _judge(request, source, folder, progress)
-        shutil.rmtree(work)
-        progress.stage("hashing")
-        write_manifest(folder, _manifest(request, checkpoint, check))
+        with _hashing_weights(folder) as hashes:
+            write_graphs(request, checkpoint, refs, folder, progress.stage)
+            check = _judge(request, source, folder, progress) if request.parity else None
+            shutil.rmtree(work)
+            progress.stage("hashing")
+            known = {name: record.result() for name, record in hashes.items()}
+        write_manifest(folder, _manifest(request, checkpoint, check), known=known)
     return check
+
+
+@contextmanager
+def _hashing_weights(folder: Path) -> Iterator[Mapping[str, Future[FileRecord]]]:
+    """Records of the weight files, made in a thread of their own: hashing leaves the interpreter to what traces meanwhile."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="hashing")
+    try:
+        names = [f"weights/{path.name}" for path in sorted((folder / "weights").iterdir())]
+        yield {name: pool.submit(FileRecord.of, folder / name) for name in names}
+    finally:
+        pool.shutdown(cancel_futures=True)  # waits for the file in hand: the folder may be about to go
 
 
 def place_weights(

@@ -260,11 +260,17 @@ def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
     return {name: FileRecord.of(folder / name) for name in names}
 
 
-def write_manifest(folder: Path, manifest: Manifest, skip: Sequence[str] = ()) -> Manifest:
-    """Record every file of the folder, those in subfolders ``skip`` aside, and write bundle.json; returns it."""
+def write_manifest(
+    folder: Path, manifest: Manifest, skip: Sequence[str] = (), known: Mapping[str, FileRecord] = {}
+) -> Manifest:
+    """Record every file of the folder, those in subfolders ``skip`` aside, and write bundle.json; returns it.
+
+    ``known`` holds records that were made before, which saves reading those files again.
+    """
     relative = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     names = [path.as_posix() for path in relative if path.parts[0] not in (MANIFEST, *skip)]
-    manifest = replace(manifest, files=record_files(folder, names))
+    files = {name: known[name] if name in known else FileRecord.of(folder / name) for name in names}
+    manifest = replace(manifest, files=files)
     save_manifest(folder, manifest)
     return manifest
 

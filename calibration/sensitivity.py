@@ -31,9 +31,9 @@ def search(recipe: Recipe, judge: Try, *, min_share: float = 1.0, progress: Prog
 
     Everything is tried first; only when that leaves no margin is each group measured alone. Then, in the order of their cost
     per share of the work, groups are quantised in two steps (INT8 only), as few as give the margin, up to EXTRA more
-    products. Where that gives none, groups are kept high, as few as give it, while ``min_share`` of the work stays quantised.
-    Where there is no margin to be had, the tolerance is enough, and as few are kept high as hold it. Numbers of groups are
-    found by bisection: exact where more care never hurts, which is verified for the answer itself.
+    products. Where that gives none, groups are kept high, as few as give it while ``min_share`` of the work stays quantised;
+    where none are enough, as many as that allows. Where even the tolerance takes more, as few as hold it. Numbers of groups
+    are found by bisection: exact where more care never hurts, which is verified for the answer itself.
     """
     names = [group.name for group in recipe.groups]
     everything = recipe.quantising(names).quantising_twice(())
@@ -52,9 +52,12 @@ def search(recipe: Recipe, judge: Try, *, min_share: float = 1.0, progress: Prog
     if _with_margin(found.verdict):
         return found
     kept_high = [everything.quantising(order[count:]) for count in range(len(order) + 1)]
-    safe = ladder.first([step for step in kept_high if step.share >= min_share], _with_margin)
-    if safe or found.verdict:
-        return safe or found
+    allowed = [step for step in kept_high if step.share >= min_share]
+    best = ladder.first(allowed, _with_margin) or ladder.judged(allowed[-1])
+    if best.verdict and best.verdict.loss < found.verdict.loss:
+        return best
+    if found.verdict:
+        return found
     return ladder.first(kept_high, bool) or ladder.judged(kept_high[-1])
 
 

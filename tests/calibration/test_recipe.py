@@ -144,6 +144,13 @@ def test_fp8_is_not_quantised_in_two_steps():
     assert found.recipe.high == ["b"]
 
 
+def test_where_no_margin_can_be_had_as_much_is_kept_high_as_the_share_allows():
+    """By hand: all lose .015 of .02; with b high .008; a quarter, .005, takes a as well, at a share of .2."""
+    loss = judge_by_loss({"a": 0.007, "b": 0.007, "c": 0.001})
+    assert search(replace(GROUPS, type="fp8"), loss, min_share=0.8).recipe.high == ["b"]
+    assert search(replace(GROUPS, type="fp8"), loss, min_share=0.2).recipe.high == ["a", "b"]
+
+
 def test_costs_are_recorded_in_the_recipe():
     found = search(GROUPS, judge_by_loss({"a": 0.001, "b": 0.5, "c": 0.002}))
     assert [group.cost for group in found.recipe.groups] == pytest.approx([0.001, 0.5, 0.002])

@@ -112,7 +112,7 @@ def test_weights_are_a_quarter_of_fp32_and_no_float_copy_travels_along(int8, sma
     assert shapes.keys() == {name.removesuffix("_quantised") for name in codes} | kept  # every parameter, once
     for name, array in codes.items():
         weight = name.removesuffix("_quantised")
-        assert array.shape == shapes[weight]
+        assert array.shape == shapes[weight][::-1]  # (in, out): see test_qdq's count of bytes kept per code
         assert weight not in high
     assert sorted(path.name for path in (folder / "weights").iterdir()) == [
         "high-01.safetensors",

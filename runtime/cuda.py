@@ -8,6 +8,7 @@ library either: the driver's comes with the driver, everywhere, under one name a
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from .devices import Capability
 from .errors import MetaEmbedError
 
+log = logging.getLogger(__name__)
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute
 _NON_BLOCKING, _THREAD_LOCAL = 1, 1  # CUstream_flags, CUstreamCaptureMode
 _pointer, _size = ctypes.c_void_p, ctypes.c_size_t
@@ -47,8 +50,19 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
 }
 
 
+class CudaError(MetaEmbedError):
+    """A call of the driver failed, with this code (CUresult)."""
+
+    def __init__(self, sentence: str, code: int) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
 class Cuda:
     """One GPU: memory, copies, streams and captured graphs, by address and handle (all plain integers).
+
+    Its context, which takes memory on the GPU and may be denied (by exclusive mode, or where memory is out), is made by the
+    first ``use``: a command that only asks what GPU there is leaves all of it to the builder.
 
     Raises:
         MetaEmbedError: there is no driver or no GPU, or a call fails (the sentence is CUDA's).
@@ -60,8 +74,7 @@ class Cuda:
         device = ctypes.c_int()
         self._call("cuDeviceGet", ctypes.byref(device), ordinal)
         self._device = device.value
-        self._context = self._new("cuDevicePrimaryCtxRetain", self._device)
-        self.use()
+        self._context = 0
 
     @property
     def name(self) -> str:
@@ -85,6 +98,7 @@ class Cuda:
 
     def use(self) -> None:
         """Make the context current for the calling thread: a session may be run from another than opened it."""
+        self._context = self._context or self._new("cuDevicePrimaryCtxRetain", self._device)
         self._call("cuCtxSetCurrent", self._context)
 
     def allocate(self, size: int) -> int:
@@ -149,7 +163,7 @@ class Cuda:
         if code != 0:
             text = ctypes.c_char_p()
             self._library["cuGetErrorString"](code, ctypes.byref(text))
-            raise MetaEmbedError(f"CUDA: {(text.value or b'unknown error').decode()} ({name}, error {code})")
+            raise CudaError(f"CUDA: {(text.value or b'unknown error').decode()} ({name}, error {code})", code)
 
 
 @lru_cache(maxsize=1)
@@ -168,8 +182,12 @@ def _load_driver() -> dict[str, Any]:
 
 
 def find_gpu() -> Cuda | None:
-    """The first GPU of this machine, or None where there is no driver or no GPU."""
+    """The first GPU of this machine, or None where there is no driver or no GPU. A driver that fails is a warning."""
     try:
         return Cuda()
+    except CudaError as error:
+        if error.code != _NO_DEVICE:
+            log.warning("the NVIDIA driver is here and finds no GPU that works: %s", error)
     except MetaEmbedError:
-        return None
+        pass
+    return None

@@ -11,7 +11,10 @@ typedef unsigned long long Address;
 #define EXECUTABLE ((void *)0x444455556666ULL)
 #define CHECK(condition) ((condition) ? 0 : 1)
 
-int cuInit(unsigned flags) { return CHECK(flags == 0); }
+static int contexts = 0, current = 0;
+int stub_contexts(void) { return contexts; }
+
+int cuInit(unsigned flags) { return getenv("STUB_INIT") ? atoi(getenv("STUB_INIT")) : CHECK(flags == 0); }
 int cuDeviceGet(int *device, int ordinal) { *device = 3; return ordinal == 0 ? 0 : 101; }
 int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "Stub GPU", size); return CHECK(device == 3); }
 int cuDeviceGetAttribute(int *value, int which, int device) {
@@ -19,9 +22,10 @@ int cuDeviceGetAttribute(int *value, int which, int device) {
     return CHECK(device == 3);
 }
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = 64ULL << 30; return CHECK(device == 3); }
-int cuDevicePrimaryCtxRetain(void **context, int device) { *context = CONTEXT; return CHECK(device == 3); }
-int cuCtxSetCurrent(void *context) { return CHECK(context == CONTEXT); }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = CONTEXT; contexts++; return CHECK(device == 3); }
+int cuCtxSetCurrent(void *context) { current = 1; return CHECK(context == CONTEXT); }
 int cuMemAlloc_v2(Address *address, size_t size) {
+    if (!current) return 201;
     if (size > 1ULL << 40) return 2;
     *address = (Address)malloc(size);
     return 0;
@@ -37,7 +41,7 @@ int cuMemcpyDtoHAsync_v2(void *host, Address device, size_t size, void *stream) 
     memcpy(host, (void *)device, size);
     return CHECK(stream == STREAM);
 }
-int cuStreamCreate(void **stream, unsigned flags) { *stream = STREAM; return CHECK(flags == 1); }
+int cuStreamCreate(void **stream, unsigned flags) { *stream = STREAM; return current ? CHECK(flags == 1) : 201; }
 int cuStreamSynchronize(void *stream) { return CHECK(stream == STREAM); }
 int cuStreamDestroy_v2(void *stream) { return CHECK(stream == STREAM); }
 int cuStreamBeginCapture_v2(void *stream, int mode) { return CHECK(stream == STREAM && mode == 1); }

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 CHECKS = """
+import ctypes
 import ml_dtypes, numpy as np
 from metaembed.export.route import device_here
 from metaembed.runtime.cuda import Cuda
@@ -18,6 +19,11 @@ from metaembed.runtime.errors import MetaEmbedError
 gpu = Cuda()
 assert (gpu.name, gpu.capability, gpu.integrated, gpu.memory_bytes) == ("Stub GPU", (8, 7), True, 64 << 30)
 assert device_here().name == "agx-orin-64gb"
+contexts = ctypes.CDLL("libcuda.so.1").stub_contexts
+assert contexts() == 0, "asking what there is takes no memory on the GPU"
+gpu.use()
+gpu.use()
+assert contexts() == 1
 stream = gpu.create_stream()
 values = np.arange(15, dtype=np.float32).reshape(3, 5).astype(ml_dtypes.bfloat16).T  # not contiguous
 buffer = Buffer(gpu)
@@ -46,11 +52,37 @@ for call, sentence in (
 """
 
 
-@pytest.mark.skipif(not (sys.platform == "linux" and shutil.which("gcc")), reason="needs Linux and gcc")
-def test_handles_sizes_and_flags_reach_the_driver_whole(tmp_path):
-    source = Path(__file__).with_name("stub_driver.c")
-    library = tmp_path / "libcuda.so.1"
+FIND = """
+import logging
+from metaembed.runtime.cuda import find_gpu
+logging.basicConfig(format="%(message)s")
+assert find_gpu() is None
+"""
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory):
+    """Runs Python code against the stand-in, and returns what it wrote to stderr."""
+    if sys.platform != "linux" or not shutil.which("gcc"):
+        pytest.skip("needs Linux and gcc")
+    folder = tmp_path_factory.mktemp("driver")
+    library, source = folder / "libcuda.so.1", Path(__file__).with_name("stub_driver.c")
     subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", CHECKS], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
+    def run(code, **environment):
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(folder), **environment}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    return run
+
+
+def test_handles_sizes_and_flags_reach_the_driver_whole(stub):
+    stub(CHECKS)
+
+
+def test_a_driver_that_finds_no_working_gpu_says_so_and_no_gpu_at_all_is_silent(stub):
+    """802 is CUDA_ERROR_SYSTEM_NOT_READY (an A100 without its fabric manager), 100 is CUDA_ERROR_NO_DEVICE (cuda.h)."""
+    assert stub(FIND, STUB_INIT="802").startswith("the NVIDIA driver is here and finds no GPU that works: CUDA: other")
+    assert stub(FIND, STUB_INIT="100") == ""

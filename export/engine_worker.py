@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,13 +25,15 @@ trt = lazy_import_trt()
 
 
 class Events:
-    """JSON lines to the process that ordered the engine."""
+    """JSON lines to the process that ordered the engine. TensorRT reports progress from several threads."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
+        self._lock = threading.Lock()
 
     def send(self, **event: Any) -> None:
-        print(json.dumps(event), file=self._stream, flush=True)
+        with self._lock:
+            print(json.dumps(event), file=self._stream, flush=True)
 
 
 def make_progress_monitor(events: Events) -> Any:
@@ -148,7 +151,7 @@ def main() -> int:
     G_LOGGER.module_severity = {"": G_LOGGER.VERBOSE}
     try:
         build(order, events)
-    except (PolygraphyException, OSError, AttributeError) as error:
+    except Exception as error:  # whatever it is, the other process is to say it in one sentence
         events.send(event="failed", reason=f"{type(error).__name__}: {error}")
         return 1
     return 0

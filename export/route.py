@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import sys
 from collections.abc import Mapping
 
 from metaembed.runtime.cuda import Cuda, find_gpu
 from metaembed.runtime.devices import Capability, Device, devices_of, find_device
 from metaembed.runtime.errors import UsageError
+from metaembed.runtime.session_trt import FLAVOURS, installed_flavours
 
 KIT = "kit"
 ROUTES = ("tensorrt", "tensorrt_rtx", KIT)
 
 
 def installed_versions() -> dict[str, str]:
-    """Flavour -> version of each TensorRT that is installed here; nothing is imported."""
+    """Flavour -> version of each TensorRT that is installed here.
+
+    Nothing is imported where metadata tells: Python 3.10 knows a package only by its top_level.txt, which not every installer
+    writes, and a system's package need not have any.
+    """
     packages = importlib.metadata.packages_distributions()
-    return {
-        flavour: importlib.metadata.version(packages[flavour][0])
-        for flavour in ("tensorrt", "tensorrt_rtx")
-        if flavour in packages
-    }
+    if all(flavour in packages or not importlib.util.find_spec(flavour) for flavour in FLAVOURS):
+        return {name: importlib.metadata.version(packages[name][0]) for name in FLAVOURS if name in packages}
+    return installed_flavours()
 
 
 def choose_route(device: Device, asked: str | None, here: Capability | None, installed: Mapping[str, str]) -> str:

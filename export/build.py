@@ -111,9 +111,10 @@ def chosen_engines(bundle: Bundle, options: BuildOptions) -> tuple[EngineSpec, .
     )
     if SCORER not in bundle.manifest.files:
         return engines
-    dim, largest = bundle.manifest.geometry.dim, bundle.manifest.largest
-    chunk = chunk_size(MEMORY_BYTES, QUERIES, largest.query, largest.candidate, dim)
-    return (*engines, scorer_engine(dim, largest, QUERIES, chunk))
+    dim, query = bundle.manifest.geometry.dim, bundle.manifest.largest.query
+    sizes = {budget.candidate for budget in bundle.manifest.budgets}
+    chunks = {size: chunk_size(MEMORY_BYTES, QUERIES, query, size, dim) for size in sizes}
+    return (*engines, scorer_engine(dim, query, QUERIES, chunks))
 
 
 def _check_kit_folder(bundle: Bundle, device: Device, output: Path | None, force: bool) -> Path:

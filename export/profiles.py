@@ -5,7 +5,7 @@ Shapes: b items, t positions, r answer rows, i images, w windows, m image embedd
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -178,17 +178,23 @@ def vision_profile(sizes: Sizes, images: int) -> Profile:
     )
 
 
-def scorer_engine(dim: int, largest: Budget, queries: int, chunk: int) -> EngineSpec:
-    """The engine of a scorer with dynamic budgets: up to ``queries`` queries against chunks of ``chunk`` candidates.
+def scorer_engine(dim: int, query: int, queries: int, chunks: Mapping[int, int]) -> EngineSpec:
+    """The engine of a scorer: up to ``queries`` queries of up to ``query`` vectors, and a profile for each size of candidates.
 
-    A session knows one limit of items, so a chunk is never smaller than a batch of queries.
+    ``chunks``: vectors of a candidate -> candidates at once. One profile over all sizes would allow the chunk of the largest
+    only: 3B's, of 64 vectors, is 291 candidates, which at one vector each are 1.2 MB, and a run is then all overhead.
     """
-    chunk = max(chunk, queries)
-    ranges = {
-        "queries": _range((1, 1, queries), (1, largest.query, largest.query), (dim,) * 3),
-        "candidates": _range((1, chunk, chunk), (1, largest.candidate, largest.candidate), (dim,) * 3),
-    }
-    return EngineSpec("scorer", SCORER, (Profile("chunks", ranges),))
+    profiles = [
+        Profile(
+            f"chunks-{size}",
+            {
+                "queries": _range((1, 1, queries), (1, query, query), (dim,) * 3),
+                "candidates": _range((1, chunk, chunk), (1, size, size), (dim,) * 3),
+            },
+        )
+        for size, chunk in sorted(chunks.items())
+    ]
+    return EngineSpec("scorer", SCORER, tuple(profiles))
 
 
 def _range(*axes: tuple[int, ...]) -> Range:

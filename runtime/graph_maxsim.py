@@ -152,4 +152,5 @@ def _pieces(candidates: NDArray[Any], step: int, kind: np.dtype[Any]) -> Iterato
 
 def _step(session: Session, queries: int, r_q: int, r_c: int, dim: int, memory_bytes: int) -> int:
     step = chunk_size(memory_bytes, queries, r_q, r_c, dim, session.inputs["candidates"].itemsize)
-    return min(step, session.max_items or step)
+    most = session.most_items("candidates", (r_c, dim)) if isinstance(session, DeviceSession) else session.max_items
+    return min(step, most or step)

@@ -40,5 +40,8 @@ class Session(Protocol):
 class DeviceSession(Session, Protocol):
     """A session with memory of its own, in which inputs can stay between runs."""
 
+    def most_items(self, name: str, item: tuple[int, ...]) -> int:
+        """The most items of this shape in one run of an input, which may be more than ``max_items``, of any shape."""
+
     def place(self, values: NDArray[Any]) -> DeviceArray:
         """A copy in the device's memory, to feed any number of times; whoever asked for it frees it."""

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import mmap
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from .cuda import find_gpu
 from .device_buffers import DeviceArray, Gpu, Shape, place
 from .engines import EngineSet, choose_engines, read_engine_sets, vouched_plan
-from .errors import BundleError, UsageError
+from .errors import BundleError, MetaEmbedError, UsageError
 from .manifest import VISION, Bundle, FileRecord
 from .session import Session
 from .trt_engine import EngineRunner, dims
@@ -38,7 +39,11 @@ def installed_flavours() -> dict[str, str]:
         if importlib.util.find_spec(name):
             try:
                 found[name] = str(importlib.import_module(name).__version__)
-            except (ImportError, OSError) as error:  # a wheel without its libraries, a library without its driver
+            except (
+                ImportError,
+                OSError,
+                AttributeError,
+            ) as error:  # a wheel without its libraries, a library without its driver
                 log.warning("%s is installed and cannot be imported: %s", name, error)
     return found
 
@@ -55,6 +60,9 @@ def open_trt_sessions(bundle: Bundle, graphs: Iterable[str], *, cuda_graphs: boo
     found = choose_engines(bundle, gpu.capability, installed_flavours()) if gpu else None
     if gpu is None or found is None:
         return None
+    if cuda_graphs and found.flavour == "tensorrt_rtx":
+        raise UsageError("TensorRT-RTX changes kernels while it runs, which a recorded CUDA graph would not notice")
+    gpu.use()
     trt = importlib.import_module(found.flavour)
     stream = SharedStream(gpu)
     return [
@@ -81,14 +89,21 @@ def load_engine(trt: Any, bundle: Bundle, name: str) -> Any:
 
     Raises:
         BundleError: the file is not the one that bundle.json describes, or TensorRT refuses it.
+        MetaEmbedError: TensorRT does not start: it is newer than the driver, for one.
     """
     record, path = vouched_plan(bundle, name), bundle.path(name)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         _check_plan(path, plan, record)
-        runtime = trt.Runtime(_logger(trt))
+        try:
+            runtime = trt.Runtime(_logger(trt))
+        except TypeError:  # how pybind11 says that there is none
+            raise MetaEmbedError(f"TensorRT {trt.__version__} does not start here; its own message says why") from None
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise BundleError(f"TensorRT {trt.__version__} refuses {path}; build with: metaembed-build {bundle.folder} -f")
+        raise BundleError(
+            f"TensorRT {trt.__version__} cannot load {path}; its own message says why: where GPU memory is short, free "
+            f"some, else build with: metaembed-build {bundle.folder} -f"
+        )
     return engine
 
 
@@ -98,7 +113,11 @@ def _check_plan(path: Path, plan: mmap.mmap, record: FileRecord) -> None:
         raise BundleError(f"{path} has changed since it was built (SHA-256); build it again, never load it")
 
 
+@lru_cache
 def _logger(trt: Any) -> Any:
+    """One for the life of the process: TensorRT keeps the first that it is given, and uses it for all that follows
+    (TensorRT issue 1475), so it must not go with the first engine."""
+
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -136,8 +155,8 @@ class TrtSession:
     """The engines of one graph: one that serves all shapes, or several that share them out (``--layout separate``).
 
     Buffers are kept between runs. Outputs are copied to the caller, unless ``keep_on_device``: then they are
-    ``DeviceArray`` and valid until the next run. With ``cuda_graphs`` the second run of a shape is recorded and later
-    ones replay it, which saves launch time where shapes repeat.
+    ``DeviceArray`` and valid until the next run. With ``cuda_graphs`` the second run in a row of one shape is
+    recorded and later ones replay it, which saves launch time where shapes repeat.
 
     Raises:
         NoProfileError: a shape that no profile covers.
@@ -168,6 +187,10 @@ class TrtSession:
     def max_items(self) -> int:
         """The most items that every profile takes, whichever side it is for: more must come in several batches."""
         return min(profile.max_items for engine in self._engines for profile in engine.profiles)
+
+    def most_items(self, name: str, item: Shape) -> int:
+        """The most items of this shape that one run takes of an input; 0 where no profile covers them."""
+        return max(profile.most_items(name, item) for engine in self._engines for profile in engine.profiles)
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         if not self._engines:

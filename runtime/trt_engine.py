@@ -4,6 +4,8 @@ TensorRT-RTX share, without importing either: the engine object is given.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from .device_buffers import Buffer, DeviceArray, Gpu, Shape
 from .errors import MetaEmbedError, UsageError
 
+log = logging.getLogger(__name__)
 DTYPES = {
     "FLOAT": np.dtype(np.float32),
     "HALF": np.dtype(np.float16),
@@ -22,7 +25,6 @@ DTYPES = {
     "INT32": np.dtype(np.int32),
     "BOOL": np.dtype(np.bool_),
 }
-MOST_GRAPHS = 8  # captured CUDA graphs kept per session; each pins some memory
 
 
 class ProfileShapes:
@@ -39,6 +41,14 @@ class ProfileShapes:
     def max_items(self) -> int:
         return max(high[0] for _, _, high in self._spans.values() if len(high) > 1)
 
+    def most_items(self, name: str, item: Shape) -> int:
+        """The most items of one shape that an input takes; 0 where that shape is outside."""
+        low, _, high = self._spans[name]
+        fits = len(item) + 1 == len(low) and all(
+            a <= size <= b for a, size, b in zip(low[1:], item, high[1:], strict=True)
+        )
+        return high[0] if fits else 0
+
     def covers(self, shapes: Mapping[str, Shape]) -> bool:
         return all(
             len(shape) == len(span[0])
@@ -49,7 +59,9 @@ class ProfileShapes:
     def distance(self, shapes: Mapping[str, Shape]) -> float:
         """How far shapes are from what this profile is tuned for: the sum of |log(size / opt)|."""
         return sum(
-            float(np.abs(np.log(np.divide(shapes[name], best))).sum()) for name, (_, best, _) in self._spans.items()
+            abs(math.log(size / tuned))
+            for name, (_, best, _) in self._spans.items()
+            for size, tuned in zip(shapes[name], best, strict=True)
         )
 
     def describe(self) -> str:
@@ -75,8 +87,11 @@ class EngineRunner:
         self._profiles = [
             ProfileShapes(engine, index, self.inputs) for index in range(engine.num_optimization_profiles)
         ]
-        self._profile = 0
-        self._graphs = CapturedRuns(gpu, stream) if cuda_graphs else None
+        self._profile = 0  # where TensorRT puts the first context of an engine
+        self._prepared: tuple[int, dict[str, Shape]] | None = None  # the profile and the shapes that the context holds
+        self._addresses: dict[str, int] = {}  # and the addresses
+        self._shapes: dict[str, Shape] = {}  # of the outputs
+        self._recorded = RecordedRun(gpu, stream) if cuda_graphs else None
         self._pending = False
 
     @property
@@ -98,25 +113,16 @@ class EngineRunner:
         if self._pending:  # the host copies of the last run's inputs may still be read
             self._gpu.synchronise(self._stream)
         self._pending = True
-        if profile != self._profile:
-            self._context.set_optimization_profile_async(profile, self._stream)
-            self._profile = profile
-        addresses = {name: self._place_input(name, value) for name, value in feeds.items()}
-        for name, shape in shapes.items():
-            self._context.set_input_shape(name, shape)
-        missing = self._context.infer_shapes()
-        if missing:
-            raise MetaEmbedError(f"TensorRT cannot infer shapes; it lacks {', '.join(missing)}")
-        outputs = {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
-        for name, shape in outputs.items():
-            self._buffers[name].reserve(int(np.prod(shape)) * self._outputs[name].itemsize)
-            addresses[name] = self._buffers[name].address
-        for name, address in addresses.items():
-            self._context.set_tensor_address(name, address)
-        self._execute((profile, *sorted(shapes.items()), *sorted(addresses.items())))
+        inputs = {name: self._place_input(name, value) for name, value in feeds.items()}
+        changed = self._set_shapes(profile, shapes)
+        changed |= self._set_addresses({**inputs, **{name: self._buffers[name].address for name in self._outputs}})
+        if self._recorded:
+            self._recorded.run(self._enqueue, repeated=not changed)
+        else:
+            self._enqueue()
         return {
             name: DeviceArray(self._gpu, self._buffers[name], shape, self._outputs[name], self._stream)
-            for name, shape in outputs.items()
+            for name, shape in self._shapes.items()
         }
 
     def fetch(self, outputs: Mapping[str, DeviceArray]) -> dict[str, NDArray[Any]]:
@@ -131,8 +137,8 @@ class EngineRunner:
 
     def close(self) -> None:
         self._gpu.synchronise(self._stream)
-        if self._graphs:
-            self._graphs.close()
+        if self._recorded:
+            self._recorded.close()
         for buffer in self._buffers.values():
             buffer.free()
         self._context = self._engine = None  # TensorRT frees them with the last reference, the context first
@@ -149,51 +155,95 @@ class EngineRunner:
         buffer.upload(value, self._stream)
         return buffer.address
 
-    def _execute(self, key: tuple[Any, ...]) -> None:
-        def enqueue() -> None:
-            if not self._context.execute_async_v3(self._stream):
-                raise MetaEmbedError("TensorRT could not run the engine; its log says why (--verbose)")
+    def _set_shapes(self, profile: int, shapes: Mapping[str, Shape]) -> bool:
+        """Make the context ready for these shapes, with room for the outputs; false when it was ready already.
 
-        if self._graphs:
-            self._graphs.run(key, enqueue)
-        else:
-            enqueue()
+        TensorRT's setters return False where they refuse, and do not raise.
+        """
+        if self._prepared == (profile, shapes):
+            return False
+        self._prepared = None
+        if self._recorded:
+            self._recorded.close()
+        context = self._context
+        if profile != self._profile:  # on the stream of the runs, so that they follow it
+            _check(context.set_optimization_profile_async(profile, self._stream), f"optimisation profile {profile}")
+            self._profile = profile
+            self._addresses.clear()
+        for name, shape in shapes.items():
+            _check(context.set_input_shape(name, shape), f"{name} {dims(shape)}")
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as error:
+            raise MetaEmbedError(f"TensorRT cannot infer shapes: {error}") from None
+        if missing:
+            raise MetaEmbedError(f"TensorRT cannot infer shapes; it lacks {', '.join(missing)}")
+        self._shapes = {name: tuple(context.get_tensor_shape(name)) for name in self._outputs}
+        for name, shape in self._shapes.items():
+            self._buffers[name].reserve(int(np.prod(shape)) * self._outputs[name].itemsize)
+        self._prepared = profile, dict(shapes)
+        return True
+
+    def _set_addresses(self, addresses: Mapping[str, int]) -> bool:
+        """Tell the context those that are new to it; false when there are none."""
+        new = {name: address for name, address in addresses.items() if self._addresses.get(name) != address}
+        for name, address in new.items():
+            _check(self._context.set_tensor_address(name, address), f"the address of {name}")
+            self._addresses[name] = address
+        return bool(new)
+
+    def _enqueue(self) -> None:
+        prepared, self._prepared = self._prepared, None  # after a failure, nothing is taken for granted
+        _check(self._context.execute_async_v3(self._stream), "to run the engine")
+        self._prepared = prepared
 
 
-class CapturedRuns:
-    """CUDA graphs of runs that repeat: a key's first run is plain, and so is any that follows another key's; the next one of the
-    same key is recorded, later ones replay.
+class RecordedRun:
+    """The CUDA graph of a run that repeats: a run unlike the last is plain, the next like it is recorded, later ones replay.
 
-    TensorRT updates the context at the first enqueue after a change of shapes, and a recording must not hold that.
+    One graph at a time, dropped before anything changes. TensorRT updates its context at the first run after a change, which a
+    recording must not hold, and NVIDIA's guide calls it undefined to launch a graph whose context has since been changed; a
+    switch of profiles after a recording has also failed outright (TensorRT-Edge-LLM issue 50).
     """
 
     def __init__(self, gpu: Gpu, stream: int) -> None:
         self._gpu, self._stream = gpu, stream
-        self._last: tuple[Any, ...] = ()  # of the last run
-        self._graphs: dict[tuple[Any, ...], int] = {}
+        self._graph = 0
+        self._refused = False
 
-    def run(self, key: tuple[Any, ...], enqueue: Callable[[], None]) -> None:
-        """``key`` holds the shapes and every address: a graph remembers both."""
-        repeated, self._last = key == self._last, key
+    def run(self, enqueue: Callable[[], None], *, repeated: bool) -> None:
+        """``repeated``: shapes and all addresses are the last run's."""
         if not repeated:
-            enqueue()  # TensorRT prepares itself for other shapes here
-        elif key in self._graphs:
-            self._gpu.launch(self._graphs[key], self._stream)
-        elif len(self._graphs) >= MOST_GRAPHS:
-            enqueue()
+            self.close()
+        elif not self._graph and not self._refused:
+            self._record(enqueue)
+        if self._graph:
+            self._gpu.launch(self._graph, self._stream)
         else:
-            self._gpu.begin_capture(self._stream)
+            enqueue()
+
+    def close(self) -> None:
+        if self._graph:
+            self._gpu.destroy_graph(self._graph)
+        self._graph = 0
+
+    def _record(self, enqueue: Callable[[], None]) -> None:
+        """Not every engine can be recorded: one that waits or allocates while it runs cannot. It then runs plainly."""
+        self._gpu.begin_capture(self._stream)
+        try:
             try:
                 enqueue()
             finally:
-                graph = self._gpu.end_capture(self._stream)
-            self._graphs[key] = graph
-            self._gpu.launch(graph, self._stream)
+                self._graph = self._gpu.end_capture(self._stream)
+        except MetaEmbedError as error:
+            self.close()
+            self._refused = True
+            log.warning("this engine cannot be recorded as a CUDA graph, and runs without: %s", error)
 
-    def close(self) -> None:
-        for graph in self._graphs.values():
-            self._gpu.destroy_graph(graph)
-        self._graphs.clear()
+
+def _check(done: bool, what: str) -> None:
+    if not done:
+        raise MetaEmbedError(f"TensorRT refused {what}; its own message says why")
 
 
 def dims(shape: Shape) -> str:

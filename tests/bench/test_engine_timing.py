@@ -35,7 +35,7 @@ def test_scoring_is_measured_for_every_budget_and_place_and_leaves_nothing_on_th
     fake = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fake)
     bundle, gpu = Bundle.open(demo_bundle, verify=False), fake.FakeGpu()
-    profiles = scorer_engine(128, bundle.manifest.largest, queries=32, chunk=500).profiles
+    profiles = scorer_engine(128, 16, queries=32, chunks={1: 900, 64: 500}).profiles
     engine = fake.FakeEngine(gpu, bundle.path(SCORER), profiles)
     with Scorer(TrtSession([engine], gpu=gpu, stream=SharedStream(gpu), label="fake")) as scorer:
         records = list(measure_scorer(bundle, scorer, candidate_bytes=1 << 20, runs=1))

@@ -363,7 +363,7 @@ def test_peak_memory_is_seen_from_outside():
 
 def test_the_scorer_builds_as_an_engine(tmp_path):
     write_scorer(tmp_path, 128)
-    spec = scorer_engine(128, Budget(16, 64), 32, 100)
+    spec = scorer_engine(128, 16, 32, {1: 5000, 64: 100})
     order = make_order(tmp_path, onnx.load(tmp_path / "scorer.onnx"), [8, 0], {})
     order["profiles"] = [profile.to_json() for profile in spec.profiles]
     events, _ = run_worker(order, "tensorrt_rtx", lambda event: None)

@@ -277,7 +277,8 @@ def test_estimated_activations_are_what_the_builder_stated(bundle, model, precis
 @pytest.mark.parametrize(("budget", "measured"), [(Budget(16, 64), 249_626_624), (Budget(8, 16), 230_465_536)])
 def test_estimated_activations_of_the_scorer_are_what_the_builder_stated(bundle, budget, measured):
     """By TensorRT-RTX 1.7.1 in its log, for 128 dims."""
-    engine = scorer_engine(128, budget, QUERIES, chunk_size(MEMORY_BYTES, QUERIES, budget.query, budget.candidate, 128))
+    chunk = chunk_size(MEMORY_BYTES, QUERIES, budget.query, budget.candidate, 128)
+    engine = scorer_engine(128, budget.query, QUERIES, {budget.candidate: chunk})
     assert estimate_build(bundle.manifest, [engine], "tensorrt_rtx").activations == pytest.approx(measured, rel=0.05)
 
 

@@ -28,6 +28,7 @@ VARIABLES = {
     "engine": "ICudaEngine",
     "_engine": "ICudaEngine",
     "_context": "IExecutionContext",
+    "context": "IExecutionContext",
 }
 # Asked for with hasattr, and done without where it is missing: streamed serialisation came after 10.3.
 OPTIONAL = {"Builder.build_serialized_network_to_stream", "IStreamWriter"}

@@ -1,8 +1,10 @@
 """A stand-in for a GPU and a TensorRT engine, faithful in what buffers must respect, so that their logic is tested here.
 
 Addresses are real host addresses. Everything enqueued waits in the stream and happens at a synchronisation, as on a GPU
-that is slow: host memory that is overwritten too early shows. Freed memory is gone. The engine's arithmetic is ONNX
-Runtime's on the same graph. Nothing here says anything about TensorRT's own numbers or speed.
+that is slow: host memory that is overwritten too early shows. Freed memory is gone. TensorRT's setters refuse with False,
+as the real ones do, a switch of profiles unsets the shapes, and a recording is spoilt by the first run after a change of
+shapes and by any wait or allocation. The engine's arithmetic is ONNX Runtime's on the same graph. Nothing here says
+anything about TensorRT's own numbers or speed.
 """
 
 import ctypes
@@ -11,8 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime as ort
 
+from metaembed.runtime.errors import MetaEmbedError
 from metaembed.runtime.session_ort import NUMPY_TYPES
 
+STREAM = 77
 TRT_NAMES = {"float32": "FLOAT", "int64": "INT64", "bool": "BOOL"}
 
 
@@ -25,6 +29,7 @@ class FakeGpu:
         self.queue = []
         self.calls = []
         self._captured = None
+        self._spoilt = False
         self._graphs = {}
 
     def use(self):
@@ -54,21 +59,33 @@ class FakeGpu:
 
     def create_stream(self):
         self.memory["stream"] = None
-        return 77
+        return STREAM
 
     def destroy_stream(self, stream):
         self.drain()
         del self.memory["stream"]
 
     def synchronise(self, stream):
+        assert stream == STREAM
+        self.spoil()
         self.drain()
 
+    @property
+    def capturing(self):
+        return self._captured is not None
+
+    def spoil(self):
+        """What a recording cannot hold was done: while one is made, it fails."""
+        self._spoilt = self.capturing
+
     def begin_capture(self, stream):
-        self._captured = []
+        self._captured, self._spoilt = [], False
 
     def end_capture(self, stream):
-        self._graphs[len(self._graphs) + 1] = self._captured
-        self._captured = None
+        captured, self._captured = self._captured, None
+        if self._spoilt:
+            raise MetaEmbedError("CUDA: operation failed due to a previous error during capture (error 901)")
+        self._graphs[len(self._graphs) + 1] = captured
         self.memory["graph", len(self._graphs)] = None
         return len(self._graphs)
 
@@ -95,6 +112,7 @@ class FakeGpu:
         raise AssertionError(f"{size} bytes at {address} are not allocated")
 
     def _take(self, kind, size):
+        self.spoil()
         self.calls.append(kind)
         block = ctypes.create_string_buffer(size)
         address = ctypes.addressof(block)
@@ -114,6 +132,8 @@ class FakeEngine:
         self.num_optimization_profiles = len(profiles)
         self.num_io_tensors = len(self.inputs) + len(self.outputs)
         self.used_profiles = []
+        self.waits = False  # while it runs, as engines with control flow do: it cannot be recorded
+        self.contexts = []
 
     def get_tensor_name(self, place):
         return [*self.inputs, *self.outputs][place]
@@ -132,25 +152,35 @@ class FakeEngine:
         return [span.min, span.opt, span.max]
 
     def create_execution_context(self):
-        return FakeContext(self, self._gpu)
+        self.contexts.append(FakeContext(self, self._gpu))
+        return self.contexts[-1]
 
 
 class FakeContext:
     def __init__(self, engine, gpu):
         self._engine, self._gpu = engine, gpu
         self._shapes, self._addresses, self._profile = {}, {}, 0
+        self._ran = None  # the profile and shapes of the last run
+        self.calls = []
 
     def set_optimization_profile_async(self, index, stream):
-        self._profile = index
+        self.calls.append("profile")
+        taken = any(other._profile == index for other in self._engine.contexts if other is not self)
+        if stream != STREAM or taken or not 0 <= index < self._engine.num_optimization_profiles:
+            return False
+        self._profile, self._shapes = index, {}
         return True
 
     def set_input_shape(self, name, shape):
-        span = self._engine.get_tensor_profile_shape(name, self._profile)
-        assert all(low <= size <= high for low, size, high in zip(span[0], shape, span[2], strict=True))
+        self.calls.append("shape")
+        low, _, high = self._engine.get_tensor_profile_shape(name, self._profile)
+        if len(shape) != len(low) or not all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True)):
+            return False
         self._shapes[name] = tuple(shape)
         return True
 
     def infer_shapes(self):
+        self.calls.append("infer")
         return [name for name in self._engine.inputs if name not in self._shapes]
 
     def get_tensor_shape(self, name):
@@ -162,18 +192,30 @@ class FakeContext:
         return (shapes["token_ids"][0], shapes["rows"][0], 128)
 
     def set_tensor_address(self, name, address):
-        assert address
+        self.calls.append("address")
         self._addresses[name] = address
         return True
 
     def execute_async_v3(self, stream):
+        names = {*self._engine.inputs, *self._engine.outputs}
+        if stream != STREAM or self.infer_shapes() or not all(self._addresses.get(name) for name in names):
+            return False
+        state = self._profile, dict(self._shapes)
+        if self._engine.waits or state != self._ran:
+            self._gpu.spoil()
+        self._ran = state
+        if self._gpu.capturing and self._gpu._spoilt:
+            return False
         self._engine.used_profiles.append(self._profile)
         feeds = {name: self._array(name, self._shapes[name], kind) for name, kind in self._engine.inputs.items()}
         results = {
             name: self._array(name, self.get_tensor_shape(name), kind) for name, kind in self._engine.outputs.items()
         }
+        recorded = (state, dict(self._addresses)) if self._gpu.capturing else None
 
         def work():
+            now = (self._profile, self._shapes), self._addresses
+            assert recorded in (None, now), "a graph is launched although its context has changed"
             values = self._engine.session.run(list(results), {name: read() for name, read in feeds.items()})
             for read, value in zip(results.values(), values, strict=True):
                 read()[...] = value

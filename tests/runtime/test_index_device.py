@@ -37,7 +37,7 @@ class Device:
 
     def __init__(self, folder):
         write_scorer(folder, D, precision="fp32")
-        engine = scorer_engine(D, Budget(R_Q, R_C), queries=32, chunk=CHUNK)
+        engine = scorer_engine(D, R_Q, queries=32, chunks={R_C: CHUNK})
         self.gpu = fake.FakeGpu()
         self.runs = []
         engines = [fake.FakeEngine(self.gpu, folder / SCORER, engine.profiles)]
@@ -223,6 +223,25 @@ def test_a_filter_that_leaves_most_is_scanned_on_the_gpu(tmp_path, device, query
         wanted = search(plain, query, where=["year>=2001"])
         assert_same(search(index, query, where=["year>=2001"]), wanted)
         assert len(device.runs) == 5
+
+
+def test_small_candidates_go_through_in_larger_pieces_than_large_ones(tmp_path):
+    """A profile for each size: what one run takes is that size's chunk, not the largest candidates'."""
+    write_scorer(tmp_path, D, precision="fp32")
+    gpu, spec = fake.FakeGpu(), scorer_engine(D, R_Q, queries=32, chunks={1: 200, R_C: 50})
+    engine = fake.FakeEngine(gpu, tmp_path / SCORER, spec.profiles)
+    rng = np.random.default_rng(1)
+    with Scorer(TrtSession([engine], gpu=gpu, stream=SharedStream(gpu), label="fake")) as scorer:
+        for r_c, pieces in ((1, [200, 130]), (3, [50] * 6 + [30]), (R_C, [50] * 6 + [30])):
+            values = rng.standard_normal((330, r_c, D)).astype(np.float32)
+            queries = rng.standard_normal((2, R_Q, D)).astype(np.float32)
+            placed = scorer.place(values.__getitem__, values.shape)
+            assert [piece.shape[0] for piece in placed.pieces] == pieces
+            expected = np.einsum("qrd,nsd->qnrs", queries.astype(float), values.astype(float)).max(-1).sum(-1)
+            np.testing.assert_allclose(scorer.scores(queries, placed), expected, atol=1e-4)
+            np.testing.assert_allclose(scorer.scores(queries, values), expected, atol=1e-4)
+            placed.free()
+    assert gpu.memory == {}
 
 
 @pytest.mark.gpu

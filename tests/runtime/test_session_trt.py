@@ -4,6 +4,7 @@ On the stand-in every expected value is ONNX Runtime's on the same demo bundle: 
 """
 
 import importlib.util
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def reference(demo_bundle):
 class Rig:
     """Sessions of both graphs over fake engines that share one fake GPU and stream."""
 
-    def __init__(self, bundle, budgets=None, **options):
+    def __init__(self, bundle, budgets=None, cuda_graphs=False, **options):
         self.gpu = fake.FakeGpu()
         self.engines = {}
         stream = SharedStream(self.gpu)
@@ -52,7 +53,14 @@ class Rig:
             path = bundle.path(engine.graph)
             self.engines.setdefault(engine.graph, []).append(fake.FakeEngine(self.gpu, path, engine.profiles))
         self.sessions = {
-            graph: TrtSession(engines, gpu=self.gpu, stream=stream, label="fake", keep_on_device=graph == VISION)
+            graph: TrtSession(
+                engines,
+                gpu=self.gpu,
+                stream=stream,
+                label="fake",
+                keep_on_device=graph == VISION,
+                cuda_graphs=cuda_graphs,
+            )
             for graph, engines in self.engines.items()
         }
         self.vision, self.language = self.sessions[VISION], self.sessions[LANGUAGE]
@@ -257,6 +265,75 @@ def test_nothing_is_recorded_or_replayed_right_after_another_shape(bundle):
     assert launched == [0, 0, 0, 0, 1, 1, 0, 0, 1]
     session.close()
     assert gpu.memory == {}
+
+
+@pytest.mark.parametrize(
+    "call", ["set_optimization_profile_async", "set_input_shape", "set_tensor_address", "execute_async_v3"]
+)
+def test_what_tensorrt_refuses_with_false_is_an_error_and_the_session_recovers(
+    bundle, rig, reference, call, monkeypatch
+):
+    """The API's setters raise nothing: unchecked, the engine would run with the last shapes and addresses."""
+    encoder, image = rig.encoder(bundle), Image.new("RGB", (448, 448), "navy")
+    encoder.encode_queries(["a red umbrella"])
+    (context,) = rig.engines[LANGUAGE][0].contexts
+    monkeypatch.setattr(context, call, lambda *arguments: False)
+    for _ in range(2):
+        with pytest.raises(MetaEmbedError, match="TensorRT refused"):
+            encoder.encode_candidates(images=[image], budget=16)
+    monkeypatch.undo()
+    expected = reference.encode_candidates(images=[image], budget=16)
+    np.testing.assert_array_equal(encoder.encode_candidates(images=[image], budget=16), expected)
+
+
+def test_shapes_that_cannot_be_inferred_are_one_sentence(rig, monkeypatch):
+    def fail():
+        raise RuntimeError("shape inference failed")  # what the bindings' docstring promises
+
+    monkeypatch.setattr(rig.engines[VISION][0].contexts[0], "infer_shapes", fail)
+    with pytest.raises(MetaEmbedError, match="TensorRT cannot infer shapes: shape inference failed"):
+        rig.vision.run(patches(0, 1, 1))
+
+
+def test_a_run_like_the_last_sets_nothing_anew(rig):
+    rig.vision.run(patches(0, 1, 2))
+    (context,) = rig.engines[VISION][0].contexts
+    context.calls.clear()
+    expected = rig.engines[VISION][0].session.run(None, patches(1, 1, 2))[0]
+    np.testing.assert_array_equal(np.asarray(rig.vision.run(patches(1, 1, 2))["image_embeddings"]), expected)
+    assert set(context.calls) == {"infer"}  # the stand-in's own, in execute_async_v3
+
+
+def test_an_engine_that_cannot_be_recorded_runs_without(bundle, caplog):
+    gpu = fake.FakeGpu()
+    (vision, _) = plan_engines(Sizes.of(bundle.manifest), bundle.manifest.budgets)
+    engine = fake.FakeEngine(gpu, bundle.path(VISION), vision.profiles)
+    engine.waits = True
+    session = TrtSession([engine], gpu=gpu, stream=SharedStream(gpu), label="fake", cuda_graphs=True)
+    with caplog.at_level(logging.WARNING, "metaembed"), session:
+        for seed in range(4):
+            feeds = patches(seed, 1, 2)
+            np.testing.assert_array_equal(session.run(feeds)["image_embeddings"], engine.session.run(None, feeds)[0])
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "this engine cannot be recorded as a CUDA graph"
+    ]
+    assert "launch" not in gpu.calls
+    assert gpu.memory == {}
+
+
+def test_recorded_runs_survive_a_change_of_side(bundle, reference):
+    """Profiles change between them; the stand-in fails where a graph is launched that its context has left behind."""
+    rig = Rig(bundle, cuda_graphs=True)
+    encoder, images = rig.encoder(bundle), [Image.new("RGB", (448, 448), "navy")]
+    wanted = reference.encode_queries(["x"], budget=16), reference.encode_candidates(images=images, budget=16)
+    for _ in range(2):
+        for _ in range(4):
+            np.testing.assert_array_equal(encoder.encode_queries(["x"], budget=16), wanted[0])
+        for _ in range(4):
+            np.testing.assert_array_equal(encoder.encode_candidates(images=images, budget=16), wanted[1])
+    assert rig.gpu.calls.count("launch") == 4 * 3 + 7  # all but the first of four in a row; all images are of one size
+    encoder.close()
+    assert rig.gpu.memory == {}
 
 
 def test_a_freed_array_is_no_input(rig):

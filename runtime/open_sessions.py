@@ -44,11 +44,13 @@ def open_ort_sessions(
     graph. ``available`` names the providers to choose from; by default those of this build.
     """
     try:
-        from .session_ort import available_providers
+        from .session_ort import available_providers, load_cuda
     except ImportError:
         raise MetaEmbedError("onnxruntime is not installed here; pip install 'metaembed-export[runtime]'") from None
     names = available_providers() if available is None else available
     *hopeful, last = plan_attempts(names, bundle.manifest.precision, graphs)
+    if hopeful:
+        load_cuda()
     for attempt in hopeful:
         sessions = _try(bundle, graphs, attempt, threads)
         if sessions is not None:

@@ -14,8 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from metaembed.export.route import device_here
 from metaembed.runtime import layout
-from metaembed.runtime.errors import MetaEmbedError
+from metaembed.runtime.cost import language_flops, scoring_flops, vision_flops, weight_bytes_read
+from metaembed.runtime.devices import Device
+from metaembed.runtime.errors import MetaEmbedError, UsageError
 from metaembed.runtime.graph_maxsim import Scorer
 from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Bundle
 from metaembed.runtime.maxsim import maxsim
@@ -43,9 +46,11 @@ def work(args: argparse.Namespace) -> int:
         for session in sessions:
             stack.callback(session.close)
         scorer = stack.enter_context(Scorer.open(bundle))
-        encoded = measure_engines(bundle, *sessions, batch=args.batch)
+        device = _device_here()
+        encoded = measure_engines(bundle, *sessions, device=device, batch=args.batch)
         measured = chain(
-            (record | {"cuda_graphs": args.cuda_graphs} for record in encoded), measure_scorer(bundle, scorer)
+            (record | {"cuda_graphs": args.cuda_graphs} for record in encoded),
+            measure_scorer(bundle, scorer, device=device),
         )
         for record in measured:
             print(json.dumps(record))
@@ -56,13 +61,26 @@ def work(args: argparse.Namespace) -> int:
 
 
 def measure_engines(
-    bundle: Bundle, vision: Session, language: Session, *, batch: int = 1, runs: int = RUNS
+    bundle: Bundle,
+    vision: Session,
+    language: Session,
+    *,
+    device: Device | None = None,
+    batch: int = 1,
+    runs: int = RUNS,
 ) -> Iterator[dict[str, Any]]:
     """One record for the vision graph, then one for each side and number of vectors that the bundle's budgets name.
 
     A query is 32 text tokens; a candidate is one square image at the bundle's limit and 32 text tokens. Times include
     the copies to and from the GPU, but image embeddings stay there; each run ends when the result is on the host.
+    ``limit_ms``, where the device is known: all operations at its dense peak rate or all weights read once, the slower.
     """
+    geometry, kind = (
+        bundle.manifest.geometry,
+        (bundle.manifest.quantization or {}).get("type") or bundle.manifest.precision,
+    )
+    decoder = weight_bytes_read(geometry, kind, image=False)
+    tower = weight_bytes_read(geometry, kind, image=True) - decoder
     grid = _square_grid(bundle)
     pixels = np.random.default_rng(0).standard_normal((grid[0] * grid[1], bundle.manifest.geometry.vision.patch_values))
     images = layout.lay_out_images([pixels.astype(np.float32)] * batch, [grid] * batch)
@@ -71,23 +89,30 @@ def measure_engines(
     def see() -> Any:
         return np.asarray(vision.run(images.feeds())["image_embeddings"])
 
-    yield {"graph": VISION, "image_tokens": grid[0] * grid[1] // 4, **common, **time_runs(see, runs)}
+    limit = _limit(device, kind, batch * vision_flops(geometry.vision, grid[0] * grid[1]), tower)
+    yield {"graph": VISION, "image_tokens": grid[0] * grid[1] // 4, **common, **time_runs(see, runs), **limit}
     embedded = vision.run(images.feeds())["image_embeddings"]  # stays on the GPU, as it does when an encoder runs
     sides = {(side, getattr(budget, side)) for budget in bundle.manifest.budgets for side in ("query", "candidate")}
     for side, vectors in sorted(sides):
         feeds = _language_feeds(bundle, side, vectors, batch, grid, images.patches.shape[1], embedded)
         tokens = int(feeds["token_ids"].shape[1])
         times = time_runs(lambda feeds=feeds: language.run(feeds)["embeddings"], runs)
-        yield {"graph": LANGUAGE, "side": side, "vectors": vectors, "positions": tokens, **common, **times}
+        limit = _limit(device, kind, batch * language_flops(geometry.text, tokens, vectors), decoder)
+        yield {"graph": LANGUAGE, "side": side, "vectors": vectors, "positions": tokens, **common, **times, **limit}
 
 
 def measure_scorer(
-    bundle: Bundle, scorer: Scorer, *, candidate_bytes: int = CANDIDATE_BYTES, runs: int = RUNS
+    bundle: Bundle,
+    scorer: Scorer,
+    *,
+    device: Device | None = None,
+    candidate_bytes: int = CANDIDATE_BYTES,
+    runs: int = RUNS,
 ) -> Iterator[dict[str, Any]]:
     """One query against as many candidates as fill ``candidate_bytes``, a record for each budget and place of theirs.
 
     ``device``: they stay on the GPU, as ``Index.place`` keeps them; ``host``: they are copied over every time; ``cpu``:
-    MaxSim on the processor. ``gb_s`` is the candidates' bytes over the median, to hold against the memory's bandwidth.
+    MaxSim on the processor. ``gb_s`` is the candidates' bytes over the median. ``limit_ms`` is the GPU's, candidates there.
     """
     dim, rng = bundle.manifest.geometry.dim, np.random.default_rng(0)
     for budget in bundle.manifest.budgets:
@@ -105,9 +130,35 @@ def measure_scorer(
                 times = time_runs(run, runs)
                 rate = {"gb_s": round(values.nbytes / times["p50_ms"] / 1e6, 3)}
                 common = {"budget": str(budget), "items": items, "candidates": place, "runs_on": scorer.description}
-                yield {"graph": SCORER, "model": bundle.manifest.model, **common, "runs": runs, **times, **rate}
+                flops = scoring_flops(bundle.manifest.geometry, budget, items)
+                limit = _limit(device, bundle.manifest.precision, flops, values.nbytes) if place == "device" else {}
+                yield {
+                    "graph": SCORER,
+                    "model": bundle.manifest.model,
+                    **common,
+                    "runs": runs,
+                    **times,
+                    **rate,
+                    **limit,
+                }
         finally:
             placed.free()
+
+
+def _limit(device: Device | None, kind: str, flops: int, nbytes: int) -> dict[str, Any]:
+    """The least time that any implementation can take on a device, in the type of the products."""
+    if device is None:
+        return {}
+    seconds = max(flops / device.peak_tflops[kind] / 1e12, nbytes / device.bandwidth_gb_s / 1e9)
+    return {"limit_ms": round(1e3 * seconds, 4), "limit_of": device.name}
+
+
+def _device_here() -> Device | None:
+    """The table's row of this GPU, None where it has none: there is then no limit to hold times against."""
+    try:
+        return device_here()
+    except UsageError:
+        return None
 
 
 def time_runs(run: Callable[[], object], runs: int) -> dict[str, float]:

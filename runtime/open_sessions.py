@@ -46,7 +46,10 @@ def open_ort_sessions(
     try:
         from .session_ort import available_providers, load_cuda
     except ImportError:
-        raise MetaEmbedError("onnxruntime is not installed here; pip install 'metaembed-export[runtime]'") from None
+        raise MetaEmbedError(
+            "no engine of this bundle runs here (it has none, or no GPU is found), and onnxruntime is not installed; "
+            "pip install 'metaembed-export[runtime]'"
+        ) from None
     names = available_providers() if available is None else available
     *hopeful, last = plan_attempts(names, bundle.manifest.precision, graphs)
     if hopeful:

@@ -4,8 +4,11 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from metaembed.bench.cli_engine import measure_engines, measure_scorer, time_runs
 from metaembed.export.profiles import scorer_engine
+from metaembed.runtime.devices import find_device
 from metaembed.runtime.graph_maxsim import Scorer
 from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Bundle, Limits
 from metaembed.runtime.open_sessions import open_ort_sessions
@@ -29,6 +32,24 @@ def test_each_side_and_size_is_measured_once(demo_bundle):
     assert all(0 < record["p50_ms"] <= record["p99_ms"] for record in records)
 
 
+def test_times_are_held_against_the_devices_limit(demo_bundle):
+    """By hand, from the demo's geometry and NVIDIA's data sheet of the A100: its 16-token image and its largest candidate."""
+    bundle = Bundle.open(demo_bundle, verify=False)
+    small = Bundle(bundle.folder, replace(bundle.manifest, limits=Limits(16, 64)))
+    sessions, a100 = open_ort_sessions(small, (VISION, LANGUAGE)), find_device("a100")
+    vision, *language = list(measure_engines(small, *sessions, device=a100, batch=2, runs=1))
+    geometry = bundle.manifest.geometry
+    seen = geometry.vision
+    linears = 2 * 2 * 64 * seen.depth * (4 * seen.hidden**2 + 3 * seen.hidden * seen.intermediate)
+    assert linears / 19.5e12 * 1e3 < vision["limit_ms"] < 2 * linears / 19.5e12 * 1e3, "fp32: 19.5 TFLOPS, two images"
+    (largest,) = [record for record in language if (record["side"], record["vectors"]) == ("candidate", 64)]
+    text = geometry.text
+    layer = 2 * text.hidden * (text.hidden + text.kv_heads * text.head_dim) + 3 * text.hidden * text.intermediate
+    most, least = (2 * 2 * largest["positions"] * layers * layer for layers in (text.layers, text.layers - 1))
+    assert least / 19.5e12 * 1e3 < largest["limit_ms"] < 1.3 * most / 19.5e12 * 1e3
+    assert {record["limit_of"] for record in (vision, *language)} == {"a100-80gb"}
+
+
 def test_scoring_is_measured_for_every_budget_and_place_and_leaves_nothing_on_the_gpu(demo_bundle):
     """On the stand-in GPU. By hand: 1 MiB of float32 vectors of 128 dims is 2,048 vectors."""
     spec = importlib.util.spec_from_file_location("fake_tensorrt", FAKE)
@@ -38,13 +59,16 @@ def test_scoring_is_measured_for_every_budget_and_place_and_leaves_nothing_on_th
     profiles = scorer_engine(128, 16, queries=32, chunks={1: 900, 64: 500}).profiles
     engine = fake.FakeEngine(gpu, bundle.path(SCORER), profiles)
     with Scorer(TrtSession([engine], gpu=gpu, stream=SharedStream(gpu), label="fake")) as scorer:
-        records = list(measure_scorer(bundle, scorer, candidate_bytes=1 << 20, runs=1))
+        records = list(measure_scorer(bundle, scorer, device=find_device("a100"), candidate_bytes=1 << 20, runs=1))
     assert [(r["budget"], r["items"], r["candidates"]) for r in records] == [
         (budget, items, place)
         for budget, items in (("1,1", 2048), ("2,4", 512), ("4,8", 256), ("8,16", 128), ("16,64", 32))
         for place in ("device", "host", "cpu")
     ]
     assert all(record["gb_s"] > 0 for record in records)
+    # At (1,1), 1 MiB at 2,039 GB/s; its 524,288 operations at 19.5 TFLOPS take less.
+    assert records[0]["limit_ms"] == pytest.approx(1e3 * 2**20 / 2039e9, abs=1e-4)
+    assert ["limit_ms" in record for record in records] == [record["candidates"] == "device" for record in records]
     assert gpu.memory == {}
 
 

@@ -25,8 +25,9 @@ PLAN_BYTES_PER_BLOCK, PLAN_BYTES_PER_PROFILE = 0.8e6, 1.2e6
 # 0.22 GiB for next to nothing (the demo). The factor is the highest seen.
 RTX_BUILD_FACTOR, RTX_BUILD_BASE = 1.73, 0.22 * GIB
 # TensorRT on a device times kernels with the weights loaded. Reports from Jetson builders: 3-4 times the parameters
-# (github.com/NVIDIA/TensorRT-Edge-LLM issue 30). Not measured by us.
-TRT_BUILD_FACTOR, TRT_BUILD_BASE = 3.5, 1.0 * GIB
+# (github.com/NVIDIA/TensorRT-Edge-LLM issue 30), in the one memory that its CPU and GPU have. A card has its own for the GPU's
+# copies, so on the host TensorRT-RTX's factor is taken. Neither was measured by us with TensorRT.
+UNIFIED_BUILD_FACTOR, TRT_BUILD_BASE = 3.5, 1.0 * GIB
 # Activation memory that TensorRT-RTX reports for 3B bf16, per position (b * t, or patches) and value of the MLP's width:
 # 1.117 GB for 12,736 and 0.584 GB for 6,624 positions x 11,008; 2.039 GB for 57,856 patches x 3,420.
 # The demo in fp32: 13.54 GB for 8 images of 7,232 patches, 13.39 of which are attention scores.
@@ -78,8 +79,13 @@ def count_weights(geometry: Geometry) -> dict[str, Weights]:
     }
 
 
-def estimate_build(manifest: Manifest, engines: Iterable[EngineSpec], flavour: str) -> Estimate:
-    """What building these engines with ``tensorrt`` or ``tensorrt_rtx`` and then serving them takes."""
+def estimate_build(
+    manifest: Manifest, engines: Iterable[EngineSpec], flavour: str, *, unified: bool = False
+) -> Estimate:
+    """What building these engines with ``tensorrt`` or ``tensorrt_rtx`` and then serving them takes.
+
+    ``unified``: TensorRT builds where CPU and GPU share one memory, a Jetson.
+    """
     engines = tuple(engines)
     geometry = manifest.geometry
     kind = (manifest.quantization or {}).get("type")
@@ -90,9 +96,8 @@ def estimate_build(manifest: Manifest, engines: Iterable[EngineSpec], flavour: s
         + int(len(engine.profiles) * (PLAN_BYTES_PER_BLOCK * blocks.get(part, 1) + PLAN_BYTES_PER_PROFILE))
         for engine, part in ((engine, Path(engine.graph).stem) for engine in engines)
     ]
-    factor, base = (
-        (RTX_BUILD_FACTOR, RTX_BUILD_BASE) if flavour == "tensorrt_rtx" else (TRT_BUILD_FACTOR, TRT_BUILD_BASE)
-    )
+    base = RTX_BUILD_BASE if flavour == "tensorrt_rtx" else TRT_BUILD_BASE
+    factor = UNIFIED_BUILD_FACTOR if unified and flavour == "tensorrt" else RTX_BUILD_FACTOR
     activations = int(sum(_activation_bytes(manifest, engine) for engine in engines))
     return Estimate(
         weights=sum(weights.values()),

@@ -80,7 +80,7 @@ def check_target(
         UsageError: at least one reason why this cannot work, each with what to do instead.
     """
     manifest = bundle.manifest
-    estimate = estimate_build(manifest, engines, flavour)
+    estimate = estimate_build(manifest, engines, flavour, unified=device.integrated)
     problems = [
         *_type_problems(manifest, device),
         *_two_step_problems(manifest, device, flavour),

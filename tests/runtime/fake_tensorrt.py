@@ -13,8 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime as ort
 
+from metaembed.export.profiles import Sizes, plan_engines
+from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.errors import MetaEmbedError
+from metaembed.runtime.manifest import LANGUAGE, VISION
 from metaembed.runtime.session_ort import NUMPY_TYPES
+from metaembed.runtime.session_trt import SharedStream, TrtSession
 
 STREAM = 77
 TRT_NAMES = {"float32": "FLOAT", "int64": "INT64", "bool": "BOOL"}
@@ -232,3 +236,30 @@ class FakeContext:
             return np.frombuffer(raw, kind).reshape(shape)
 
         return read
+
+
+class Rig:
+    """Sessions of both graphs over fake engines that share one fake GPU and stream."""
+
+    def __init__(self, bundle, budgets=None, cuda_graphs=False, **options):
+        self.gpu = FakeGpu()
+        self.engines = {}
+        stream = SharedStream(self.gpu)
+        for engine in plan_engines(Sizes.of(bundle.manifest), budgets or bundle.manifest.budgets, **options):
+            path = bundle.path(engine.graph)
+            self.engines.setdefault(engine.graph, []).append(FakeEngine(self.gpu, path, engine.profiles))
+        self.sessions = {
+            graph: TrtSession(
+                engines,
+                gpu=self.gpu,
+                stream=stream,
+                label="fake",
+                keep_on_device=graph == VISION,
+                cuda_graphs=cuda_graphs,
+            )
+            for graph, engines in self.engines.items()
+        }
+        self.vision, self.language = self.sessions[VISION], self.sessions[LANGUAGE]
+
+    def encoder(self, bundle):
+        return Encoder(bundle, self.vision, self.language)

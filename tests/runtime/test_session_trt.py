@@ -5,7 +5,6 @@ On the stand-in every expected value is ONNX Runtime's on the same demo bundle: 
 
 import importlib.util
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,10 @@ import pytest
 from PIL import Image
 
 from metaembed.export.profiles import Sizes, plan_engines
-from metaembed.runtime.budget import Budget
-from metaembed.runtime.check import KINDS, replay
 from metaembed.runtime.cuda import Cuda, find_gpu
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.errors import MetaEmbedError, UsageError
-from metaembed.runtime.golden import SIDES, golden_path, read_golden
 from metaembed.runtime.manifest import LANGUAGE, VISION, Bundle
-from metaembed.runtime.parity import TOLERANCES
 from metaembed.runtime.session_trt import SharedStream, TrtSession, open_trt_sessions
 
 spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
@@ -42,36 +37,9 @@ def reference(demo_bundle):
         yield encoder
 
 
-class Rig:
-    """Sessions of both graphs over fake engines that share one fake GPU and stream."""
-
-    def __init__(self, bundle, budgets=None, cuda_graphs=False, **options):
-        self.gpu = fake.FakeGpu()
-        self.engines = {}
-        stream = SharedStream(self.gpu)
-        for engine in plan_engines(Sizes.of(bundle.manifest), budgets or bundle.manifest.budgets, **options):
-            path = bundle.path(engine.graph)
-            self.engines.setdefault(engine.graph, []).append(fake.FakeEngine(self.gpu, path, engine.profiles))
-        self.sessions = {
-            graph: TrtSession(
-                engines,
-                gpu=self.gpu,
-                stream=stream,
-                label="fake",
-                keep_on_device=graph == VISION,
-                cuda_graphs=cuda_graphs,
-            )
-            for graph, engines in self.engines.items()
-        }
-        self.vision, self.language = self.sessions[VISION], self.sessions[LANGUAGE]
-
-    def encoder(self, bundle):
-        return Encoder(bundle, self.vision, self.language)
-
-
 @pytest.fixture
 def rig(bundle):
-    rig = Rig(bundle)
+    rig = fake.Rig(bundle)
     yield rig
     rig.vision.close()
     rig.language.close()
@@ -89,7 +57,7 @@ def patches(seed, images, windows):
 
 @pytest.mark.parametrize("options", [{}, {"profile_per_budget": True}, {"layout": "separate"}], ids=str)
 def test_an_encoder_on_engines_equals_one_on_onnx_runtime(bundle, reference, options):
-    rig = Rig(bundle, **options)
+    rig = fake.Rig(bundle, **options)
     encoder = rig.encoder(bundle)
     for budget in (16, 1):
         expected = reference.encode_queries(TEXTS, images=IMAGES, budget=budget, batch_size=2)
@@ -155,80 +123,16 @@ def test_the_profile_tuned_for_the_side_is_chosen(bundle, rig):
 
 
 def test_each_size_finds_its_own_profile(bundle):
-    rig = Rig(bundle, profile_per_budget=True)
+    rig = fake.Rig(bundle, profile_per_budget=True)
     encoder = rig.encoder(bundle)
     for budget in (1, 2, 4, 8, 16):
         encoder.encode_queries(["x"], budget=budget)
     assert rig.engines[LANGUAGE][0].used_profiles == [0, 1, 2, 3, 4]
 
 
-@pytest.fixture(scope="module")
-def two_budgets(bundle):
-    return Bundle(bundle.folder, replace(bundle.manifest, budgets=(Budget(1, 1), Budget(8, 16))))
-
-
-@pytest.fixture(scope="module")
-def goldens(bundle):
-    """Four of each kind of input, the smallest images; Hugging Face's embeddings."""
-
-    def area(item):
-        return item.image.width * item.image.height if item.image else 0
-
-    chosen = {}
-    for side in SIDES:
-        items, embeddings = read_golden(bundle.path(golden_path(side)))
-        places = [
-            place
-            for kind in KINDS
-            for place in sorted((p for p, item in enumerate(items) if item.kind == kind), key=lambda p: area(items[p]))[
-                :4
-            ]
-        ]
-        chosen[side] = ([items[place] for place in places], embeddings[places])
-    return chosen
-
-
-@pytest.mark.parametrize(
-    ("budgets", "options", "left_out"),
-    [
-        (None, {}, []),
-        ([Budget(8, 16)], {}, [("candidate", 1), ("query", 1)]),
-        # A candidate at r = 1 fits a query's profile, which spans 1 to 8 rows; a query at r = 1 fits a candidate's engine.
-        (None, {"side": "query"}, [("candidate", 16)]),
-        (None, {"side": "candidate", "layout": "separate"}, [("query", 8)]),
-    ],
-    ids=str,
-)
-def test_the_check_replays_what_the_engines_were_cut_to_and_names_the_rest(
-    two_budgets, goldens, budgets, options, left_out
-):
-    rig = Rig(two_budgets, budgets, **options)
-    check = replay(rig.encoder(two_budgets), goldens, TOLERANCES["fp32"], "fp32")
-    assert check, check.failures()
-    assert list(check.not_replayed) == left_out
-    everything = {("query", 1), ("query", 8), ("candidate", 1), ("candidate", 16)}
-    assert {(side, r) for side, r, _ in check.vectors} == everything - set(left_out)
-    assert set(check.rankings) == ({Budget(8, 16)} if budgets else set(two_budgets.manifest.budgets))
-
-
-def test_engines_that_cover_no_budget_fail_the_check(two_budgets, goldens):
-    rig = Rig(two_budgets, [Budget(2, 4)])
-    check = replay(rig.encoder(two_budgets), goldens, TOLERANCES["fp32"], "fp32")
-    assert not check
-    assert check.failures() == ["nothing was compared"]
-
-
-def test_a_wrong_answer_of_the_side_that_is_there_still_fails(two_budgets, goldens):
-    items, embeddings = goldens["query"]
-    one_budget = Bundle(two_budgets.folder, replace(two_budgets.manifest, budgets=(Budget(1, 1),)))
-    rig = Rig(one_budget, side="query")
-    wrong = {**goldens, "query": (items, -embeddings)}
-    assert not replay(rig.encoder(one_budget), wrong, TOLERANCES["fp32"], "fp32")
-
-
 def test_a_batch_is_no_larger_than_every_profile_takes(bundle):
     """Eight queries and four candidates share the language engine: six candidates come in two batches."""
-    rig = Rig(bundle)
+    rig = fake.Rig(bundle)
     assert rig.language.max_items == 4
     assert rig.encoder(bundle).encode_candidates(["x"] * 6, budget=64).shape == (6, 64, 128)
 
@@ -323,7 +227,7 @@ def test_an_engine_that_cannot_be_recorded_runs_without(bundle, caplog):
 
 def test_recorded_runs_survive_a_change_of_side(bundle, reference):
     """Profiles change between them; the stand-in fails where a graph is launched that its context has left behind."""
-    rig = Rig(bundle, cuda_graphs=True)
+    rig = fake.Rig(bundle, cuda_graphs=True)
     encoder, images = rig.encoder(bundle), [Image.new("RGB", (448, 448), "navy")]
     wanted = reference.encode_queries(["x"], budget=16), reference.encode_candidates(images=images, budget=16)
     for _ in range(2):
@@ -358,7 +262,7 @@ def test_wrong_names_and_types_are_refused(rig):
 
 
 def test_a_closed_session_does_not_run_and_closes_twice(bundle):
-    rig = Rig(bundle)
+    rig = fake.Rig(bundle)
     with rig.vision as vision, rig.language:
         pass
     assert rig.gpu.memory == {}

@@ -22,7 +22,7 @@ from metaembed.runtime.index import Index
 from metaembed.runtime.index_layout import Layout
 from metaembed.runtime.manifest import SCORER, Bundle
 from metaembed.runtime.session_ort import OrtSession
-from metaembed.runtime.session_trt import SharedStream, TrtSession
+from metaembed.runtime.session_trt import SharedStream, TrtSession, installed_flavours
 
 spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
 fake = importlib.util.module_from_spec(spec)
@@ -245,7 +245,7 @@ def test_small_candidates_go_through_in_larger_pieces_than_large_ones(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(find_gpu() is None, reason="no NVIDIA GPU here")
+@pytest.mark.skipif(find_gpu() is None or not installed_flavours(), reason="needs an NVIDIA GPU and TensorRT")
 def test_a_real_gpu_finds_what_the_cpu_finds(tmp_path):
     """An engine of the demo's scorer, in float32, over 10,000 random items: the same twenty."""
     from metaembed.export.cli import main as export

@@ -16,7 +16,7 @@ from metaembed.runtime.cuda import Cuda, find_gpu
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.errors import MetaEmbedError, UsageError
 from metaembed.runtime.manifest import LANGUAGE, VISION, Bundle
-from metaembed.runtime.session_trt import SharedStream, TrtSession, open_trt_sessions
+from metaembed.runtime.session_trt import FLAVOURS, SharedStream, TrtSession, installed_flavours, open_trt_sessions
 
 spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
 fake = importlib.util.module_from_spec(spec)
@@ -278,8 +278,12 @@ def test_without_a_gpu_there_are_no_engine_sessions_and_one_sentence_says_why(bu
         Cuda()
 
 
+def has(*flavours):
+    return find_gpu() is not None and not installed_flavours().keys().isdisjoint(flavours)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(find_gpu() is None, reason="no NVIDIA GPU here")
+@pytest.mark.skipif(not has(*FLAVOURS), reason="needs an NVIDIA GPU and TensorRT")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_engines_built_on_this_gpu_pass_the_golden_check(tmp_path, precision):
     """The golden vectors are Hugging Face's, so this judges TensorRT itself. Needs a GPU that the device table names."""
@@ -291,3 +295,32 @@ def test_engines_built_on_this_gpu_pass_the_golden_check(tmp_path, precision):
     assert export(["--model", "demo", "--budget", "all", "--precision", precision, "-o", folder, "--quiet"]) == 0
     assert build([folder, "--quiet"]) == 0
     assert check([folder]) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has("tensorrt"), reason="needs an NVIDIA GPU and TensorRT; TensorRT-RTX records runs by itself")
+def test_recorded_runs_on_this_gpu_equal_plain_ones_and_the_benchmark_runs(tmp_path):
+    """Sides alternate, so profiles change between recordings: what a fake cannot say is whether TensorRT allows it."""
+    from metaembed.bench.cli import main as bench
+    from metaembed.export.cli import main as export
+    from metaembed.export.cli_build import main as build
+
+    folder, records = tmp_path / "bundle", tmp_path / "engine.jsonl"
+    command = ["--model", "demo", "--budget", "all", "--precision", "bf16", "--no-parity", "-o", str(folder), "--quiet"]
+    assert export(command) == 0
+    assert build([str(folder), "--quiet"]) == 0
+    opened, graphs = Bundle.open(folder), (VISION, LANGUAGE)
+    image = Image.new("RGB", (448, 448), "navy")
+    with Encoder(opened, *open_trt_sessions(opened, graphs)) as plain:
+        expected = plain.encode_queries(["x"]), plain.encode_candidates(images=[image])
+    with Encoder(opened, *open_trt_sessions(opened, graphs, cuda_graphs=True)) as recorded:
+        for _ in range(2):
+            for _ in range(4):
+                np.testing.assert_allclose(recorded.encode_queries(["x"]), expected[0], atol=1e-6)
+            for _ in range(4):
+                np.testing.assert_allclose(recorded.encode_candidates(images=[image]), expected[1], atol=1e-6)
+    for graphs in ([], ["--cuda-graphs"]):
+        assert bench(["engine", str(folder), *graphs, "-o", str(records)]) == 0
+    assert len(records.read_text().splitlines()) == 2 * (
+        1 + 10 + 15
+    )  # the images; both sides' five sizes; 5 budgets, 3 places

@@ -15,6 +15,7 @@ from .layout import PATCHES, TEMPLATE_TOKENS, UNITS, most_windows, square_window
 from .manifest import LANGUAGE, VISION, Manifest
 
 TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
+YES = "True"  # the TensorRT provider's Python binding refuses "1" (onnxruntime_pybind_state.cc); the CUDA provider takes both
 MOST_ITEMS = 4  # in one run of a TensorRT engine that ONNX Runtime builds
 
 Options: TypeAlias = "dict[str, str]"
@@ -78,12 +79,12 @@ def tensorrt_options(manifest: Manifest, graph: str, cache: Path | None) -> Opti
     }
     int8 = (manifest.quantization or {}).get("type") == "int8"
     kept = {} if cache is None else {
-        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_enable": YES,
         "trt_engine_cache_path": str(cache),
-        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_enable": YES,
         "trt_timing_cache_path": str(cache),
     }  # fmt: skip
-    return {**bounds, **kept, **({"trt_int8_enable": "1"} if int8 else {})}
+    return {**bounds, **kept, **({"trt_int8_enable": YES} if int8 else {})}
 
 
 def input_spans(manifest: Manifest, graph: str) -> Mapping[str, Span]:

@@ -95,7 +95,9 @@ def test_options_name_every_input_once_and_keep_engines_in_the_cache(demo_bundle
     assert options["trt_profile_max_shapes"].split(",")[2] == "patch_mask:4x113x64"  # a 2 x 452 strip has 113 windows
     assert "trt_int8_enable" not in options
     int8 = replace(manifest, quantization={"type": "int8"})
-    assert provider_options(TENSORRT, int8, VISION, tmp_path)["trt_int8_enable"] == "1"
+    assert provider_options(TENSORRT, int8, VISION, tmp_path)["trt_int8_enable"] == "True"
+    # onnxruntime_pybind_state.cc: "should be 'True' or 'False'", and anything else is an error.
+    assert {value for name, value in options.items() if name.endswith("_enable")} == {"True"}
     assert not any("cache" in name for name in provider_options(TENSORRT, manifest, VISION, None))
     assert provider_options(CPU, manifest, VISION, None) == {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,8 @@ def _open(bundle: Bundle, graphs: Sequence[str], attempt: Attempt, threads: int)
     quantised = manifest.quantization is not None
     # Codes are not widened, and folding their transposes is worth its memory.
     lean = on_cpu and not quantised and not _fits(4 * count_values(bundle.folder / "weights"))
+    if TENSORRT in attempt.providers:  # has no option for it, and builds with TensorFloat-32 unless this says no
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     cache = user_cache("onnxruntime", manifest.fingerprint[:16]) if TENSORRT in attempt.providers else None
     return [
         OrtSession(

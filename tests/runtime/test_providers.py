@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,9 +106,11 @@ def test_options_name_every_input_once_and_keep_engines_in_the_cache(demo_bundle
 @pytest.mark.skipif(CUDA in available_providers(), reason="this build of ONNX Runtime has the CUDA provider")
 @pytest.mark.filterwarnings("ignore:Specified provider")
 def test_a_provider_that_is_not_really_here_is_one_sentence_and_the_next_is_taken(
-    demo_bundle: Path, caplog: pytest.LogCaptureFixture
+    demo_bundle: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     """ONNX Runtime itself falls back without failing: what it says afterwards is what counts."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
     with caplog.at_level(logging.WARNING, "metaembed"):
         sessions = open_ort_sessions(Bundle.open(demo_bundle, verify=False), BOTH, available=GPU_BUILD)
     assert {session.providers[0] for session in sessions} == {CPU}
@@ -116,6 +119,8 @@ def test_a_provider_that_is_not_really_here_is_one_sentence_and_the_next_is_take
         f"asked for {CUDA}",
     ]
     assert all("\n" not in record.getMessage() for record in caplog.records)
+    # It turns TensorFloat-32 off in all of NVIDIA's libraries, and ONNX Runtime's TensorRT provider has no option for that.
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.check import Check
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.frozen import frozen_name
+from metaembed.runtime.frozen import frozen_graphs
 from metaembed.runtime.manifest import (
     DEFAULT_OPSET,
     LANGUAGE,
@@ -198,9 +198,8 @@ def write_graphs(
     """
     write_scorer(folder, checkpoint.geometry.dim, precision=request.precision)
     frozen = {
-        frozen_name(side, vectors): partial(trace_frozen, side=side, vectors=vectors)
-        for side in request.freeze
-        for vectors in sorted({getattr(budget, side) for budget in request.budgets})
+        name: partial(trace_frozen, side=side, vectors=vectors)
+        for name, (side, vectors) in frozen_graphs(request.freeze, request.budgets).items()
     }
     for name, trace in {VISION: trace_vision, LANGUAGE: trace_language, **frozen}.items():
         stage(f"tracing {name}")

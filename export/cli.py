@@ -7,14 +7,16 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from metaembed.runtime.budget import parse_budgets
+from metaembed.runtime.budget import Budget, parse_budgets
 from metaembed.runtime.command import Parser, byte_bar, natural, progress, run_command
 from metaembed.runtime.devices import DEVICES, Device, find_device
 from metaembed.runtime.errors import UsageError
+from metaembed.runtime.frozen import frozen_graphs
 from metaembed.runtime.golden import SIDES
-from metaembed.runtime.manifest import DEFAULT_OPSET, OPSETS, Limits
+from metaembed.runtime.manifest import DEFAULT_OPSET, LANGUAGE, OPSETS, SCORER, VISION, Limits, cpu_graph
 from metaembed.runtime.plan import make_plan
 from metaembed.runtime.plan_report import describe, describe_fits
 from metaembed.runtime.staging import check_output, scratch_folder
@@ -108,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         _check_files(model, random=args.random_weights is not None)
         plan = make_plan(model.name, geometry, budgets, CANDIDATES, max_image_tokens=image_tokens)
         found = "random weights" if args.random_weights is not None else model.base or "none were found"
-        print(f"graphs: vision.onnx, language.onnx, one set of weights ({found})\n{describe(plan)}")
+        print(f"{_graphs(args, budgets)}\nweights: one set for all of them ({found})\n{describe(plan)}")
         print(describe_fits(plan, devices or DEVICES))
         return 0
 
@@ -139,6 +141,19 @@ def run(args: argparse.Namespace) -> int:
     served = " ".join(map(str, budgets))
     print(f"{output}: budgets {served}; {'parity passed' if check else 'unverified (parity was skipped)'}")
     return build(_build_words(args, output, devices)) if devices else 0
+
+
+def _graphs(args: argparse.Namespace, budgets: Sequence[Budget]) -> str:
+    """The graphs that the export would write, for a dry run."""
+    names = [VISION, LANGUAGE, *frozen_graphs(args.freeze or (), budgets)]
+    twins = map(cpu_graph, names) if args.precision != "fp32" else ()
+    return fill(
+        ", ".join((*names, *twins, SCORER)),
+        100,
+        initial_indent="graphs: ",
+        subsequent_indent=" " * 8,
+        break_on_hyphens=False,
+    )
 
 
 def _build_words(args: argparse.Namespace, output: Path, devices: Sequence[Device]) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .budget import Budget
 from .errors import UsageError
 from .geometry import Geometry
 from .layout import Ints, candidate_meta_tokens, query_meta_tokens
@@ -18,9 +19,10 @@ from .session import Arrays, Session
 _NAME = re.compile(r"language\.(query|candidate)-(\d+)\.onnx")
 
 
-def frozen_name(side: str, vectors: int) -> str:
-    """``language.query-8.onnx``."""
-    return f"language.{side}-{vectors}.onnx"
+def frozen_graphs(sides: Iterable[str], budgets: Collection[Budget]) -> dict[str, tuple[str, int]]:
+    """The graphs to freeze, one for each of these sides' sizes: ``language.query-8.onnx`` -> (side, vectors)."""
+    wanted = ((side, vectors) for side in sides for vectors in sorted({getattr(budget, side) for budget in budgets}))
+    return {f"language.{side}-{vectors}.onnx": (side, vectors) for side, vectors in wanted}
 
 
 def find_frozen(manifest: Manifest) -> dict[str, tuple[str, int]]:

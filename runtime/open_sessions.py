@@ -8,13 +8,13 @@ from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from .errors import BundleError, MetaEmbedError
-from .manifest import Bundle, cpu_graph
+from .manifest import SCORER, Bundle, cpu_graph
 from .memory import available_memory
 from .providers import CPU, TENSORRT, Attempt, plan_attempts, provider_options
 from .session import Session
 from .session_trt import open_trt_sessions
 from .user_cache import user_cache
-from .weights import count_values
+from .weights import copied_bytes, count_values
 
 if TYPE_CHECKING:
     from .session_ort import OrtSession
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 # ONNX Runtime widens narrow weights to float32 once and packs what products read: two copies. Where those do not fit, weights
 # stay mapped and are widened at each use.
 COPIES = 2
+GIB = 1 << 30
 
 
 def open_sessions(bundle: Bundle, graphs: Sequence[str], *, threads: int = 0) -> list[Session]:
@@ -31,7 +32,7 @@ def open_sessions(bundle: Bundle, graphs: Sequence[str], *, threads: int = 0) ->
 
     Raises:
         BundleError: the bundle has engines for this GPU's kind that may not be loaded here.
-        MetaEmbedError: neither TensorRT nor ONNX Runtime can be used.
+        MetaEmbedError: neither TensorRT nor ONNX Runtime can be used, or a quantised bundle cannot fit into memory.
     """
     return open_trt_sessions(bundle, graphs) or open_ort_sessions(bundle, graphs, threads=threads)
 
@@ -85,6 +86,8 @@ def _open(bundle: Bundle, graphs: Sequence[str], attempt: Attempt, threads: int)
     files = manifest.files
     on_cpu = attempt.providers == (CPU,)
     quantised = manifest.quantization is not None
+    if on_cpu and quantised and set(graphs) != {SCORER}:
+        _require_memory(bundle)
     # Codes are not widened, and folding their transposes is worth its memory.
     lean = on_cpu and not quantised and not _fits(4 * count_values(bundle.folder / "weights"))
     if TENSORRT in attempt.providers:  # has no option for it, and builds with TensorFloat-32 unless this says no
@@ -107,6 +110,16 @@ def _fits(float32_bytes: int) -> bool:
     """Whether weights of so many bytes in float32 may be copied: widened, and then packed as the products want them."""
     available = available_memory()
     return available is None or COPIES * float32_bytes <= available
+
+
+def _require_memory(bundle: Bundle) -> None:
+    """Refuse a quantised bundle that cannot fit, before the kernel ends the process: its weights cannot stay on disk."""
+    least, free = copied_bytes(bundle.folder / "weights"), available_memory(swap=True)
+    if free is not None and least > free:
+        raise MetaEmbedError(
+            f"{bundle.folder} takes at least {least / GIB:.1f} GiB of memory on a CPU, and {free / GIB:.1f} GiB is free; close "
+            "other programs, or use the bundle that it was quantised from, whose weights may stay on disk"
+        )
 
 
 def _runnable(graph: str, files: Container[str], attempt: Attempt) -> str:

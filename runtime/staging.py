@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,11 +18,33 @@ _in_use: set[Path] = set()  # this process's scratch folders: an output may be s
 
 
 def check_output(output: Path, *, force: bool) -> None:
-    """Refuse an output that exists, before any work; ``force`` allows replacing a bundle or an empty folder.
+    """Refuse an output that exists or cannot be written, before any work; ``force`` allows replacing a bundle.
 
     Raises:
         UsageError: the sentence says why and what to do.
     """
+    _check_replaceable(output, force=force)
+    _check_writable(output)
+
+
+def _check_writable(output: Path) -> None:
+    """Make a folder where the work would begin, and take it away: no permission bit tells as much (root, /proc, mounts)."""
+    output = Path(os.path.abspath(output))
+    place = next(folder for folder in output.parents if folder.exists())
+    # A name as long as the longest of ours.
+    probe = place / f".{output.name}.writable-{os.getpid()}"
+    try:
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UsageError(
+            f"{output} cannot be written ({place}: {error.strerror}); choose another output with -o"
+        ) from None
+
+
+def _check_replaceable(output: Path, *, force: bool) -> None:
     check_name(output)
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UsageError(f"{output} exists and is not a folder; choose another output with -o")
@@ -47,7 +70,7 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
     made = [folder for folder in output.parents if not folder.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(output)
-    check_output(output, force=force)  # a bundle may have been put back
+    _check_replaceable(output, force=force)  # a bundle may have been put back
     staging = output.parent / f".{output.name}.partial-{os.getpid()}"
     staging.mkdir()
     try:
@@ -88,7 +111,7 @@ def scratch_folder(output: Path) -> Iterator[Path]:
 
 
 def _replace(staging: Path, output: Path, *, force: bool) -> None:
-    check_output(output, force=force)  # once more: the work may have taken minutes
+    _check_replaceable(output, force=force)  # once more: the work may have taken minutes
     old = output.parent / f".{output.name}.replaced-{os.getpid()}"
     if output.exists():
         output.rename(old)
@@ -111,7 +134,7 @@ def _is_bundle(folder: Path) -> bool:
 
 def _remove_abandoned(output: Path) -> None:
     """What killed runs left: remove the unfinished, but put a bundle back that was moved aside and not yet replaced."""
-    pattern = re.compile(re.escape(f".{output.name}.") + r"(partial|scratch|replaced)-(\d{1,9})")
+    pattern = re.compile(re.escape(f".{output.name}.") + r"(partial|scratch|writable|replaced)-(\d{1,9})")
     for sibling in list(output.parent.iterdir()):
         match = pattern.fullmatch(sibling.name)
         if match is None or sibling in _in_use or _is_running(int(match[2])):

@@ -8,9 +8,13 @@ import os
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from typing import Any
 
 FICLONE = 0x40049409  # linux/fs.h: share the extents of another file (btrfs, XFS)
 BLOCK = 1 << 24
+# Bytes that ONNX Runtime's CPU provider copies of each number: INT8 codes are packed as products read them, narrow numbers
+# are widened once. float32 and FP8 ones stay mapped. (3B in INT8: 4.4 GiB by this, 5.3 measured, freed room included.)
+COPIED = {"I8": 1, "BF16": 4, "F16": 4}
 
 
 def place_file(source: Path, target: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:
@@ -48,7 +52,13 @@ def count_values(folder: Path) -> int:
     return sum(prod(tensor["shape"]) for path in folder.glob("*.safetensors") for tensor in _tensors(path))
 
 
-def _tensors(path: Path) -> list[dict[str, list[int]]]:
+def copied_bytes(folder: Path) -> int:
+    """The least memory that a quantised bundle's weights take on the CPU, beside the mapped files."""
+    tensors = (tensor for path in folder.glob("*.safetensors") for tensor in _tensors(path))
+    return sum(prod(tensor["shape"]) * COPIED.get(tensor["dtype"], 0) for tensor in tensors)
+
+
+def _tensors(path: Path) -> list[dict[str, Any]]:
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return [entry for name, entry in header.items() if name != "__metadata__"]

@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from metaembed.export.cli import main
 from metaembed.export.frozen import trace_frozen
 from metaembed.export.graph import attach_weights, check_operators, save_graph
 from metaembed.runtime.check import KINDS, check_bundle
@@ -65,25 +66,20 @@ def test_a_frozen_session_takes_the_feeds_of_the_graph_that_serves_all(deep, fro
         session.run({**given, "token_ids": given["token_ids"] - 1})
 
 
+FREEZING = "--model demo --budget 2,4 --freeze query --freeze candidate --precision bf16".split()
+
+
 @pytest.fixture(scope="module")
 def frozen_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from metaembed.export.cli import main
-
     folder = tmp_path_factory.mktemp("frozen") / "bundle"
-    options = [
-        "--model",
-        "demo",
-        "--budget",
-        "2,4",
-        "--freeze",
-        "query",
-        "--freeze",
-        "candidate",
-        "--precision",
-        "bf16",
-    ]
-    assert main([*options, "--quiet", "-o", str(folder)]) == 0
+    assert main([*FREEZING, "--quiet", "-o", str(folder)]) == 0
     return folder
+
+
+def test_a_dry_run_names_the_graphs_that_the_export_writes(frozen_bundle: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([*FREEZING, "--dry-run", "-o", str(frozen_bundle.with_name("other"))]) == 0
+    named, _, _ = capsys.readouterr().out.removeprefix("graphs: ").partition("\nweights: ")
+    assert sorted(" ".join(named.split()).split(", ")) == sorted(path.name for path in frozen_bundle.glob("*.onnx"))
 
 
 def test_the_gate_of_the_export_judges_frozen_graphs_too(frozen_bundle: Path):

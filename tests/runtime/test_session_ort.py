@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnxruntime
 import pytest
+from safetensors.numpy import save_file
 
-from metaembed.runtime import open_sessions, session_ort
-from metaembed.runtime.errors import BundleError, UsageError
+from metaembed.runtime import memory, open_sessions, session_ort
+from metaembed.runtime.errors import BundleError, MetaEmbedError, UsageError
 from metaembed.runtime.layout import lay_out_images
-from metaembed.runtime.manifest import LANGUAGE, VISION, Bundle
+from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Bundle, FileRecord
+from metaembed.runtime.providers import CPU
 from metaembed.runtime.session_ort import OrtSession
 
 
@@ -120,3 +123,34 @@ def test_large_weights_stay_on_disk_even_before_the_manifest_names_them(
     for session in open_sessions.open_ort_sessions(unfinished, (VISION, LANGUAGE)):
         session.close()
     assert asked == [lean, lean]
+
+
+@pytest.fixture
+def quantised(demo_bundle: Path, tmp_path: Path) -> Bundle:
+    """Weights of a quantised bundle: 2,048 KiB of INT8 codes, 256 Ki numbers in bf16, FP8 codes and float32 numbers."""
+    (tmp_path / "weights").mkdir()
+    high = {"table": np.zeros((256, 1024), ml_dtypes.bfloat16), "norm": np.zeros((512, 1024), np.float32)}
+    save_file({"codes": np.zeros((1024, 2048), np.int8)}, tmp_path / "weights" / "int8-01.safetensors")
+    save_file(high | {"fp8": np.zeros(1 << 20, ml_dtypes.float8_e4m3fn)}, tmp_path / "weights" / "high-01.safetensors")
+    manifest = replace(Bundle.open(demo_bundle, verify=False).manifest, quantization={"type": "int8"})
+    return Bundle(tmp_path, manifest)
+
+
+@pytest.mark.parametrize(("ram", "swap", "fits"), [(3071, 0, False), (3072, 0, True), (2000, 1072, True)])
+def test_a_quantised_bundle_that_cannot_fit_is_refused_before_it_is_opened(
+    quantised: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ram: int, swap: int, fits: bool
+):
+    """2,048 KiB of codes and 4 x 256 KiB of what is widened are 3,072: what the kernel says is free is faked."""
+    (tmp_path / "meminfo").write_text(f"MemAvailable: {ram} kB\nSwapFree: {swap} kB\n")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    opened: list[Path] = []
+    monkeypatch.setattr(session_ort, "OrtSession", lambda path, **_: opened.append(path))
+    files = dict.fromkeys((VISION, LANGUAGE, SCORER), FileRecord(0, "0" * 64))
+    bundle = replace(quantised, manifest=replace(quantised.manifest, files=files))
+    open_sessions.open_ort_sessions(bundle, (SCORER,), available=[CPU])  # it has no weights
+    if fits:
+        open_sessions.open_ort_sessions(bundle, (VISION, LANGUAGE), available=[CPU])
+    else:
+        with pytest.raises(MetaEmbedError, match=r"at least 0\.0 GiB of memory on a CPU, and 0\.0 GiB is free"):
+            open_sessions.open_ort_sessions(bundle, (VISION, LANGUAGE), available=[CPU])
+    assert [path.name for path in opened] == [SCORER, VISION, LANGUAGE] if fits else [SCORER]

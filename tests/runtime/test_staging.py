@@ -259,3 +259,19 @@ def test_scratch_that_a_killed_run_left_is_removed(tmp_path: Path):
     dead.mkdir()
     with scratch_folder(tmp_path / "out"):
         assert not dead.exists()
+
+
+@pytest.mark.parametrize("place", ["/proc/{name}/out", "/proc/{name}", "{folder}/file/out", "{folder}/" + "x" * 245])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, place: str):
+    """The kernel takes no folder in /proc, below a file, or of a name that leaves no room for the hidden one's."""
+    (tmp_path / "file").write_text("precious")
+    output = Path(place.format(name="metaembed", folder=tmp_path))
+    with pytest.raises(UsageError, match="cannot be written .*choose another output with -o"):
+        check_output(output, force=True)
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path):
+    before = names(tmp_path)
+    check_output(tmp_path / "deep" / "er" / "out", force=False)
+    assert names(tmp_path) == before

@@ -215,6 +215,25 @@ def test_ties_go_by_id_wherever_they_lie(folder, query):
         assert [hit.id for hit in index.search(query, 2, cascade=stages)] == ["a", "b"]
 
 
+def test_filters_name_fields_as_data_sets_do(folder, query):
+    """By hand: metadata of others has names with spaces, accents and dollars; none of them is read as a path or as SQL."""
+    payload = {"page number": 3, "año": {"mes del $": 4}, "it's": 5, "[0]": 6}
+    with Index.open(folder) as index:
+        with index.writer() as writer:
+            writer.add(["a"], unit(np.random.default_rng(7), 1, R, D), [payload])
+        for where, count in [
+            ("page number=3", 1),
+            (" page number  >= 4", 0),
+            ("año.mes del $=4", 1),
+            ("it's=5", 1),
+            ("[0]=6", 1),
+        ]:
+            assert len(index.search(query, 9, cascade=FULL, where=[where])) == count, where
+        for where in ('a"b=1', "a\\b=1", "a..b=1", ".a=1", "=1"):
+            with pytest.raises(UsageError, match="is not of the form"):
+                index.search(query, 9, cascade=FULL, where=[where])
+
+
 def test_filters_choose_by_payload_fields(folder, query):
     rng = np.random.default_rng(7)
     payloads = [{"year": 2000 + i, "lang": "en" if i % 2 else "de", "author": {"name": "O'Hara; --"}} for i in range(8)]
@@ -231,6 +250,7 @@ def test_filters_choose_by_payload_fields(folder, query):
         assert found("author.name=O'Hara; --") == list(range(8))
         assert found('year="2003"') == []
         assert found("missing=1") == []
+        assert found("year==2003") == [3]
         assert found("lang=en' OR 1=1 --") == []
         with pytest.raises(UsageError, match="is not of the form FIELD=VALUE"):
             found("year")
@@ -287,6 +307,12 @@ def test_searches_that_ask_too_much_get_one_sentence(folder, query):
             ([Stage(Budget(1, 6))], 1, "asks for 6 candidate Meta Tokens"),
             ([Stage(Budget(1, 1)), Stage(Budget(3, 5))], 1, "does not say how many items it leaves"),
             ([Stage(Budget(1, 1), 2), Stage(Budget(3, 5))], 3, "leaves fewer items than the best 3"),
+            (
+                [Stage(Budget(1, 1), 2), Stage(Budget(2, 4), 3), Stage(Budget(3, 5))],
+                1,
+                "cannot leave more items than the 2",
+            ),
+            ([Stage(Budget(3, 5), 2), Stage(Budget(1, 5))], 1, "uses no more vectors than stage 3,5:2"),
             ([], 1, "at least one stage"),
             (None, 0, "-k is at least 1"),
         ]:

@@ -103,7 +103,7 @@ def check_cascade(
     stages = tuple(cascade or default_cascade(items, Budget(query_vectors, candidate_vectors), k))
     check_order(stages)
     for stage in stages:
-        stage.budget.check_within(query_vectors, candidate_vectors)
+        stage.budget.check_within(query_vectors, candidate_vectors, owner="this search has")
         if stage.keep is not None and stage.keep < k:
             raise UsageError(f"stage {stage} leaves fewer items than the best {k} that were asked for")
     return stages

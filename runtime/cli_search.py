@@ -107,12 +107,18 @@ def _search_index(args: argparse.Namespace) -> tuple[list[Hit], str]:
     from .encoder import Encoder
     from .index import Index
     from .index_build import check_model
+    from .manifest import MANIFEST
 
     stages = [Stage.parse(text) for text in args.cascade or ()]
     if args.budget:
         stages = [Stage(Budget.parse(args.budget))]
     with Index.open(args.source, skip_damaged=args.skip_damaged) as index:
-        with Encoder.open(args.bundle or index.bundle) as encoder:
+        bundle = Path(args.bundle or index.bundle)
+        if args.bundle is None and not (bundle / MANIFEST).is_file():
+            raise UsageError(
+                f"{args.source} was made with {bundle}, which is no longer there; say where by --bundle DIR"
+            )
+        with Encoder.open(bundle) as encoder:
             check_model(encoder, index.fingerprint, args.source)
             most = max((stage.budget.query for stage in stages), default=None)
             query = encoder.encode_queries([args.text], images=[args.image], budget=most)[0]

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -202,6 +203,32 @@ def test_a_search_that_began_before_a_compaction_ends_on_its_own_state(folder, q
         assert index.describe(before, np.array([0])) is None
         del items["item0000"]
         assert_same(index.search(query, 9, cascade=FULL), ranked(items, query, 9))
+
+
+def test_threads_share_an_index_that_changes(folder):
+    """As a web server does: eight threads search one object while another writes. Expected: what one thread finds alone."""
+    fill(folder, 20, 20)
+    rng = np.random.default_rng(11)
+    queries = [unit(rng, 3, D) for _ in range(8)]
+    stages = [Stage(Budget(1, 1), 39), Stage(Budget(3, R))]
+    with Index.open(folder) as index, index.writer() as writer, ThreadPoolExecutor(8) as pool:
+        wanted = [index.search(query, 5, cascade=stages, where=["number>=2"]) for query in queries]
+        found = [pool.submit(index.search, queries[k % 8], 5, cascade=stages, where=["number>=2"]) for k in range(80)]
+        for _ in range(4):  # one fewer than the compactions that a search outlasts
+            writer.add(["passing"], unit(rng, 1, R, D))
+            writer.delete(["passing"])
+            writer.compact()
+        for k, future in enumerate(found):
+            assert future.result() == wanted[k % 8]
+
+
+def test_a_closed_index_says_so(folder, query):
+    """Found in use: it was called damaged, and to be restored."""
+    index = Index.open(folder)
+    index.close()
+    index.close()
+    with pytest.raises(UsageError, match="is closed"):
+        index.search(query, 1)
 
 
 def test_ties_go_by_id_wherever_they_lie(folder, query):

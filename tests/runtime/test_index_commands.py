@@ -108,6 +108,14 @@ def test_resume_adds_what_is_new_and_update_replaces(demo_bundle, data, tmp_path
     )
 
 
+def test_a_bundle_that_moved_is_asked_for(demo_bundle, data, tmp_path, capsys):
+    moved = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    assert cli_index.main([str(moved), "--data", str(data), "-o", str(tmp_path / "index"), "--quiet"]) == 0
+    moved.rename(tmp_path / "elsewhere")
+    assert "say where by --bundle" in refused(capsys, cli_search.main, tmp_path / "index", "a red star")
+    assert len(searched(capsys, tmp_path / "index", "a red star", "--bundle", tmp_path / "elsewhere")) == 4
+
+
 def test_an_id_cannot_pass_for_output(demo_bundle, tmp_path, capsys):
     """An id with a line break and a terminal's colour code is one line of visible signs; --json gives it as it is."""
     (tmp_path / "data.jsonl").write_text(json.dumps({"id": "a\n   1    9.9\x1b[31m日", "text": "b"}))

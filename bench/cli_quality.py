@@ -94,7 +94,7 @@ def parse_cascades(args: argparse.Namespace, encoder: Encoder, budgets: Sequence
     ``budgets`` stand for those that are not named; by default all of the bundle.
     """
     from metaembed.runtime.budget import parse_budgets
-    from metaembed.runtime.cascade import Stage
+    from metaembed.runtime.cascade import Stage, check_order
 
     largest = encoder.bundle.manifest.largest
     budgets = (
@@ -106,6 +106,7 @@ def parse_cascades(args: argparse.Namespace, encoder: Encoder, budgets: Sequence
     for stages in cascades:
         if any(stage.keep is None for stage in stages[:-1]) or stages[-1].keep is not None:
             raise UsageError("every stage of a cascade but the last says how many it keeps: 1,1:1000 4,8:100 16,64")
+        check_order(stages)
         for stage in stages:
             stage.budget.check_within(largest.query, largest.candidate)
     return [[Stage(budget)] for budget in budgets] + cascades

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -71,7 +72,6 @@ def draw_tradeoff(records: Sequence[Record]) -> Figure | None:
     for k, ((name,), curve) in enumerate(group(found, "system").items()):
         axes.plot([r["index_kib_per_item"] for r in curve], [r["ndcg_at_5"] for r in curve], label=name,
                   color=SERIES[k], marker=MARKERS[k])  # fmt: skip
-    _log_axis(axes.xaxis)
     axes.set_xscale("log")
     _log_axis(axes.xaxis)
     axes.set_ylim(bottom=0)
@@ -159,7 +159,8 @@ def draw_encoder(records: Sequence[Record]) -> Figure | None:
     figure, axes = plt.subplots(1, len(models), figsize=(max(5.4, 4.2 * len(models)), height), squeeze=False)
     for ax, ((model,), runs) in zip(axes[0], models.items(), strict=True):
         _race_panel(ax, runs, contestants)
-        ax.set_xlabel(f"ms, {model}: median, and the line to p95")
+        ax.set_title(model, fontsize=10, color=LIGHT["muted"])
+        ax.set_xlabel("ms, with a line to p95")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     return figure
@@ -167,7 +168,8 @@ def draw_encoder(records: Sequence[Record]) -> Figure | None:
 
 def _race_panel(axes: Axes, runs: Sequence[Record], contestants: Sequence[str]) -> None:
     """A row an input; within it each contestant's mark at a height of its own."""
-    inputs = [name for (name,) in group(runs, "input")]
+    quickest = {name: min(run["median_ms"] for run in own) for (name,), own in group(runs, "input").items()}
+    inputs = sorted(quickest, key=lambda name: quickest[name])
     for k, contestant in enumerate(contestants):
         own = [run for run in runs if run["contestant"] == contestant]
         places = [
@@ -187,18 +189,28 @@ def draw_parity(records: Sequence[Record]) -> Figure | None:
     found = of_kind(records, "parity", "model", "precision", "side", "image_tokens")
     if not found:
         return None
-    figure, axes = plt.subplots()
-    for k, (name, curve) in enumerate(group(found, "model", "precision", "side").items()):
-        curve = sorted(curve, key=lambda record: record["image_tokens"])
+    figure, axes = plt.subplots(figsize=(5.4, 4.7))
+    subjects = list(group(found, "model", "precision"))
+    for (*subject, side), curve in group(found, "model", "precision", "side").items():
+        curve, k = (
+            sorted(curve, key=lambda record: record["image_tokens"]),
+            subjects.index(tuple(subject)) % len(SERIES),
+        )
         axes.plot([r["image_tokens"] for r in curve], [max(1 - r["min_cosine"], 1e-8) for r in curve],
-                  label=", ".join(name), color=SERIES[k % 6], marker=MARKERS[k % 6])  # fmt: skip
+                  label=", ".join((*subject, side)), color=SERIES[k], marker=MARKERS[k],
+                  fillstyle="full" if side == "query" else "none")  # fmt: skip
+    tolerances: dict[float, list[str]] = {}
     for precision in dict.fromkeys(record["precision"] for record in found):
-        axes.axhline(1 - TOLERANCES[precision].cosine, color=LIGHT["muted"], label=f"tolerance, {precision}", **DASHED)
+        tolerances.setdefault(1 - TOLERANCES[precision].cosine, []).append(precision)
+    for tolerance, precisions in tolerances.items():
+        axes.axhline(tolerance, color=LIGHT["muted"], **DASHED)
+        axes.annotate(f"tolerance, {' and '.join(precisions)}", (1, tolerance), xytext=(0, -10), ha="right", fontsize=8,
+                      xycoords=("axes fraction", "data"), textcoords="offset points", color=LIGHT["muted"])  # fmt: skip
     axes.set_xscale("symlog", linthresh=4)
     axes.set_xlim(left=-0.5)
     axes.set_yscale("log")
     _log_axis(axes.xaxis)
-    return _finish(figure, axes, "visual tokens of the input (0: text)", "1 - worst cosine against HF fp32")
+    return _finish(figure, axes, "visual tokens of the input (0: text)", "1 - worst cosine to HF fp32")
 
 
 def draw_sensitivity(records: Sequence[Record]) -> Figure | None:
@@ -266,6 +278,12 @@ def _finish(figure: Figure, axes: Axes, x: str, y: str) -> Figure:
     return figure
 
 
-def _log_axis(axis) -> None:
-    """Plain numbers instead of powers of ten."""
+def _log_axis(axis: Axis) -> None:
+    """Plain numbers instead of powers of ten; between them too where the axis spans little more than one."""
+
+    def minor(value: float, _: object) -> str:
+        low, high = axis.get_view_interval()
+        return f"{value:,.10g}" if 0 < high < 30 * low and f"{value:e}"[0] in "246" else ""
+
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(FuncFormatter(minor))

@@ -6,18 +6,17 @@ them that one expects to reach. Nothing here is measured but the quality curve t
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from .budget import Budget
 from .cost import index_bytes, scoring_flops, weight_bytes_read
 from .devices import Device
-from .errors import BundleError, UsageError
+from .errors import UsageError
 from .plan import Plan
 from .plan_device import GIB, USABLE
+from .quality_curve import QualityCurve
 
 REACHED = 0.5  # of a device's limits. FACTS from this project's kernels on a CPU: 0.5 to 0.9
 # Gigabytes a second at which the survivors of a first stage reach the device when their vectors lie elsewhere: PCIe 4.0 x16
@@ -50,7 +49,10 @@ class Needs:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to serve. ``first`` is the first stage's budget of a cascade, or None; bytes are on the device unless named."""
+    """One way to serve. ``first`` is the first stage's budget of a cascade, or None; bytes are on the device unless named.
+
+    ``quality`` is the most that the curve promises, ``quality_least`` the least; see `QualityCurve.span`.
+    """
 
     budget: Budget
     first: Budget | None
@@ -59,6 +61,7 @@ class Option:
     index_type: str
     placement: str
     quality: float | None
+    quality_least: float | None
     model_bytes: int
     index_bytes: int
     elsewhere_bytes: int
@@ -106,25 +109,24 @@ class Advice:
         }
 
 
-def advise(plan: Plan, device: Device, needs: Needs, curve: Mapping[str, float] | None = None) -> Advice:
+def advise(plan: Plan, device: Device, needs: Needs, curve: QualityCurve | None = None) -> Advice:
     """Choose among every budget, alone or behind a small first stage, in every precision that the device computes in.
 
     The highest quality within the limits wins; then the wider model type, first stage and index type, then the lower latency.
 
     Args:
         plan: the model, its budgets and the number of candidates.
-        curve: nDCG@5 by ``R_Q,R_C`` or ``FIRST:KEEP FINAL``. A cascade that is not in it counts as its last stage, which
-            is the most it can reach. Without a curve, more vectors count as better.
+        curve: a cascade counts as the most it can reach by it. Without a curve, more vectors count as better.
 
     Raises:
         UsageError: the curve lacks a budget of the plan.
     """
-    missing = [str(cost.budget) for cost in plan.budgets if curve is not None and str(cost.budget) not in curve]
+    missing = [str(cost.budget) for cost in plan.budgets if curve and str(cost.budget) not in curve.values]
     if missing:
         raise UsageError(f"the quality curve says nothing of budget {missing[0]}; measure it, or name other budgets")
     usable = int(USABLE * device.memory_gib * GIB)
     memory = usable if needs.memory_gib is None else min(usable, int(needs.memory_gib * GIB))
-    options = sorted(_options(plan, device, needs, curve or {}), key=_preference)
+    options = sorted(_options(plan, device, needs, curve or QualityCurve({})), key=_preference)
     fitting = [option for option in options if _fits(option, memory, needs)]
     return Advice(
         device,
@@ -137,30 +139,7 @@ def advise(plan: Plan, device: Device, needs: Needs, curve: Mapping[str, float] 
     )
 
 
-def read_curve(path: Path) -> dict[str, float]:
-    """nDCG@5 by budget or cascade, from the records of ``metaembed-bench quality -o``; the last record of each counts.
-
-    Raises:
-        UsageError: no such file, or no quality record in it.
-        BundleError: a line is damaged.
-    """
-    if not path.is_file():
-        what = "is a folder, not a file of records" if path.is_dir() else "does not exist"
-        raise UsageError(f"{path} {what}; metaembed-bench quality BUNDLE -o FILE writes a quality curve")
-    curve: dict[str, float] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line) if line.strip() else {}
-            if record.get("kind") == "quality":
-                curve[str(record["cascade"] or record["budget"])] = float(record["ndcg_at_5"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise BundleError(f"{path}, line {number} is no quality record") from None
-    if not curve:
-        raise UsageError(f"{path} holds no quality records; metaembed-bench quality BUNDLE -o FILE writes them")
-    return curve
-
-
-def _options(plan: Plan, device: Device, needs: Needs, curve: Mapping[str, float]) -> Iterator[Option]:
+def _options(plan: Plan, device: Device, needs: Needs, curve: QualityCurve) -> Iterator[Option]:
     budgets = [cost.budget for cost in plan.budgets]
     for model_type in (kind for kind in MODEL_TYPES if kind in device.types):
         for index_type in INDEX_TYPES:
@@ -180,11 +159,12 @@ def _one_stage(
     plan: Plan,
     device: Device,
     needs: Needs,
-    curve: Mapping[str, float],
+    curve: QualityCurve,
     model_type: str,
     index_type: str,
     budget: Budget,
 ) -> Option:
+    least, most = curve.span(budget, None, plan.candidates, plan.candidates)
     return Option(
         budget=budget,
         first=None,
@@ -192,7 +172,8 @@ def _one_stage(
         model_type=model_type,
         index_type=index_type,
         placement="device",
-        quality=curve.get(str(budget)),
+        quality=most,
+        quality_least=least,
         model_bytes=plan.weight_bytes[model_type] + plan.activation_bytes,
         index_bytes=index_bytes(plan.geometry, budget.candidate, plan.candidates, index_type),
         elsewhere_bytes=0,
@@ -206,7 +187,7 @@ def _two_stages(
     plan: Plan,
     device: Device,
     needs: Needs,
-    curve: Mapping[str, float],
+    curve: QualityCurve,
     model_type: str,
     index_type: str,
     budget: Budget,
@@ -222,7 +203,7 @@ def _two_stages(
     score = _score_ms(plan, device, first, plan.candidates, index_type) + _score_ms(
         plan, device, budget, survivors, "bf16"
     )
-    cascade = f"{first}:{survivors} {budget}"
+    least, most = curve.span(budget, first, survivors, plan.candidates)
     return Option(
         budget=budget,
         first=first,
@@ -230,7 +211,8 @@ def _two_stages(
         model_type=model_type,
         index_type=index_type,
         placement=placement,
-        quality=curve.get(cascade, curve.get(str(budget))),
+        quality=most,
+        quality_least=least,
         model_bytes=plan.weight_bytes[model_type] + plan.activation_bytes,
         index_bytes=together if placement == "device" else ahead,
         elsewhere_bytes=0 if placement == "device" else whole,

@@ -6,10 +6,11 @@ from .advise import FETCH_GB_S, Advice, Option
 from .plan import Plan
 from .plan_device import GIB
 from .plan_report import gib, table
+from .quality_curve import QualityCurve
 
 
-def describe_advice(plan: Plan, advice: Advice, *, measured: bool) -> str:
-    """All that metaembed-plan says of one device; ``measured`` tells that a quality curve was given."""
+def describe_advice(plan: Plan, advice: Advice, curve: QualityCurve | None = None) -> str:
+    """All that metaembed-plan says of one device; ``curve`` is the one that the advice went by."""
     needs = advice.needs
     latency = "any latency" if needs.latency_ms is None else f"at most {needs.latency_ms:g} ms a query"
     title = (
@@ -18,7 +19,7 @@ def describe_advice(plan: Plan, advice: Advice, *, measured: bool) -> str:
     )
     if advice.chosen is None:
         return f"{title}\n\n{explain_nothing(advice)}\n"
-    parts = [title, _recommend(advice.chosen), _arithmetic(plan, advice), _quality_note(advice.chosen, measured)]
+    parts = [title, _recommend(advice.chosen), _arithmetic(plan, advice), _quality_note(plan, advice.chosen, curve)]
     if advice.runners_up:
         parts.append("also within the limits:\n" + _table(advice.runners_up))
     return "\n\n".join(parts) + "\n"
@@ -95,17 +96,36 @@ def _scoring_words(plan: Plan, option: Option, bandwidth: float) -> str:
     return values if option.first is None else f"{values}, then {option.survivors:,} at {option.budget}"
 
 
-def _quality_note(option: Option, measured: bool) -> str:
-    if not measured or option.quality is None:
+def _quality_note(plan: Plan, option: Option, curve: QualityCurve | None) -> str:
+    if curve is None or option.quality is None:
         return (
             "no quality curve was given: the most vectors that fit were taken (metaembed-bench quality BUNDLE -o FILE)"
         )
-    note = f"nDCG@5 {option.quality:.3f} by the given curve"
-    if option.first is not None:
-        note += f", that of {option.budget} over everything: the most this cascade can reach unless the curve names it"
+    notes = [f"nDCG@5 {quality_words(option)} by the given curve; its best is {curve.best:.3f}"]
+    if option.quality_least != option.quality:
+        most = "this cascade reached" if option.cascade in curve.values else f"{option.budget} reaches over everything"
+        notes.append(
+            f"the most is what {most}, the least what {option.first} reaches alone: how much is lost where only "
+            f"{option.survivors:,} of {plan.candidates:,} survive, the curve does not say"
+        )
     if "int8" in (option.model_type, option.index_type) or option.model_type == "fp8":
-        note += "; quantisation may cost up to 0.01 more, which metaembed-calibrate and quality measure"
-    return note
+        notes.append("quantisation may cost up to 0.01 more, which metaembed-calibrate and quality measure")
+    if curve.candidates < plan.candidates:
+        over = (
+            f"over {curve.candidates:,} candidates" if curve.candidates else "over it does not say how many candidates"
+        )
+        notes.append(f"the curve was measured {over}; among {plan.candidates:,} more look alike, so expect less")
+    return "\n".join(notes)
+
+
+def quality_words(option: Option) -> str:
+    """``0.970``, or ``0.832 to 0.970`` where a first stage may lose; ``-`` without a curve."""
+    if option.quality is None:
+        return "-"
+    if option.quality_least is None:
+        return f"{option.quality:.3f} at most"
+    least = f"{option.quality_least:.3f}"
+    return least if option.quality_least == option.quality else f"{least} to {option.quality:.3f}"
 
 
 def _table(options: tuple[Option, ...]) -> str:
@@ -117,7 +137,7 @@ def _table(options: tuple[Option, ...]) -> str:
             option.placement,
             f"{option.device_bytes / GIB:.2f}",
             f"{option.latency_ms:.1f}",
-            "-" if option.quality is None else f"{option.quality:.3f}",
+            quality_words(option),
         )
         for option in options
     )

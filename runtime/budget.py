@@ -38,14 +38,14 @@ class Budget:
             raise UsageError(f"budget {text!r} is not of the form R_Q,R_C (two whole numbers, for example 8,16)")
         return cls(int(match[1]), int(match[2]))
 
-    def check_within(self, query_tokens: int, candidate_tokens: int) -> Budget:
-        """Return self if the model has enough Meta Tokens for it, else raise UsageError."""
+    def check_within(self, query_tokens: int, candidate_tokens: int, *, owner: str = "this model has") -> Budget:
+        """Return self if there are enough Meta Tokens for it, else raise UsageError."""
         for asked, has, side in (
             (self.query, query_tokens, "query"),
             (self.candidate, candidate_tokens, "candidate"),
         ):
             if asked > has:
-                raise UsageError(f"budget {self} asks for {asked} {side} Meta Tokens; this model has {has}")
+                raise UsageError(f"budget {self} asks for {asked} {side} Meta Tokens; {owner} {has}")
         return self
 
 

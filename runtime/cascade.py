@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -96,17 +97,27 @@ def search_index(
 def check_cascade(
     cascade: Sequence[Stage] | None, items: int, query_vectors: int, candidate_vectors: int, k: int
 ) -> tuple[Stage, ...]:
-    """The stages to run; a UsageError where one asks for more vectors than there are, or leaves fewer than k."""
+    """The stages to run; a UsageError where one asks for more vectors than there are, leaves fewer than k, or is no use."""
     if cascade is not None and not cascade:
         raise UsageError("a cascade has at least one stage")
     stages = tuple(cascade or default_cascade(items, Budget(query_vectors, candidate_vectors), k))
-    for number, stage in enumerate(stages, start=1):
-        stage.budget.check_within(query_vectors, candidate_vectors)
-        if number < len(stages) and stage.keep is None:
-            raise UsageError(f"stage {stage} does not say how many items it leaves; write {stage}:1000")
+    check_order(stages)
+    for stage in stages:
+        stage.budget.check_within(query_vectors, candidate_vectors, owner="this search has")
         if stage.keep is not None and stage.keep < k:
             raise UsageError(f"stage {stage} leaves fewer items than the best {k} that were asked for")
     return stages
+
+
+def check_order(stages: Sequence[Stage]) -> None:
+    """A UsageError where a stage but the last keeps all, or one leaves more or sees no more than the one before it."""
+    for before, stage in pairwise(stages):
+        if before.keep is None:
+            raise UsageError(f"stage {before} does not say how many items it leaves; write {before}:1000")
+        if stage.keep is not None and stage.keep > before.keep:
+            raise UsageError(f"stage {stage} cannot leave more items than the {before.keep} that stage {before} leaves")
+        if stage.budget.query <= before.budget.query and stage.budget.candidate <= before.budget.candidate:
+            raise UsageError(f"stage {stage} uses no more vectors than stage {before}; the budgets of a cascade rise")
 
 
 def _search(

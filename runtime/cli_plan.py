@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from .advise import Needs, advise, read_curve
+from .advise import REACHED, SURVIVORS, Needs, advise
 from .advise_report import describe_advice
 from .budget import parse_budgets
 from .command import Parser, run_command
@@ -17,6 +17,7 @@ from .errors import UsageError
 from .plan import Plan, find_geometry, make_plan
 from .plan_device import fit_device
 from .plan_report import describe, describe_fits, describe_limits
+from .quality_curve import read_curve
 
 EPILOG = """examples:
   metaembed-plan --model 7b --candidates 1e8
@@ -68,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="advise on --device: nDCG@5 per budget, as metaembed-bench quality -o writes it",
     )
-    add("--reached", type=float, default=0.5, metavar="SHARE",
-        help="advise: share of the device's limits that you expect to reach (default: 0.5)")  # fmt: skip
-    add("--survivors", type=int, default=1000, metavar="K", help="advise: what a first stage keeps (default: 1000)")
+    add("--reached", type=float, metavar="SHARE",
+        help=f"advise: share of the device's limits that you expect to reach (default: {REACHED})")  # fmt: skip
+    add("--survivors", type=int, metavar="K", help=f"advise: what a first stage keeps (default: {SURVIVORS})")
     add("--json", action="store_true", help="print the whole plan as JSON")
     parser.add_common()
     return run_command(parser, run, argv)
@@ -80,6 +81,10 @@ def run(args: argparse.Namespace) -> None:
     wants_advice = args.latency_ms is not None or args.memory_gib is not None or args.quality_curve is not None
     if wants_advice and not args.device:
         raise UsageError("advice needs the device it is for: add --device NAME, for example --device orin-64gb")
+    if not wants_advice and (args.reached is not None or args.survivors is not None):
+        raise UsageError(
+            "--reached and --survivors belong to advice: add --latency-ms, --memory-gib or --quality-curve, and --device"
+        )
     devices = [find_device(args.device)] if args.device else list(DEVICES)
     geometry = find_geometry(args.model)
     plan = make_plan(
@@ -104,12 +109,17 @@ def run(args: argparse.Namespace) -> None:
 
 def give_advice(plan: Plan, device: Device, args: argparse.Namespace) -> None:
     curve = read_curve(args.quality_curve) if args.quality_curve else None
-    needs = Needs(args.latency_ms, args.memory_gib, args.reached, args.survivors)
+    needs = Needs(
+        args.latency_ms,
+        args.memory_gib,
+        REACHED if args.reached is None else args.reached,
+        SURVIVORS if args.survivors is None else args.survivors,
+    )
     advice = advise(plan, device, needs, curve)
     if args.json:
         print(json.dumps(advice.to_json(), indent=2))
     else:
-        print(describe_advice(plan, advice, measured=curve is not None), end="")
+        print(describe_advice(plan, advice, curve), end="")
 
 
 def parse_count(text: str) -> int:
@@ -119,5 +129,7 @@ def parse_count(text: str) -> int:
         if value != int(value) or not 1 <= value < 1e15:
             raise ValueError
     except (ValueError, OverflowError):
-        raise UsageError(f"--candidates {text!r} is not a whole number such as 100000 or 1e8") from None
+        raise UsageError(
+            f"--candidates {text!r} is not a whole number above 0 and below 1e15, such as 100000 or 1e8"
+        ) from None
     return int(value)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Parser, progress, run_command
+from .command import Parser, on_one_line, progress, run_command
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     from .index_catalogue import CATALOGUE
 
     if args.text is None and args.image is None:
-        raise UsageError("no query: give a text, or --image FILE, or both")
+        greedy = [flag for flag in ("cascade", "where") if getattr(args, flag)]
+        hint = f" (before --{greedy[0]}, which takes every word that follows)" if greedy else ""
+        raise UsageError(f"no query: give a text, or --image FILE, or both{hint}")
     if (args.source / CATALOGUE).is_file():
         hits, note = _search_index(args)
     elif args.images is None:
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"{'rank':>4}  {'score':>8}  id")
     for hit in hits:
-        print(f"{hit.rank:>4}  {hit.score:>8.4f}  {hit.id}")
+        print(f"{hit.rank:>4}  {hit.score:>8.4f}  {on_one_line(hit.id)}")
     if not args.quiet:
         print(note)
     return 0
@@ -105,12 +107,18 @@ def _search_index(args: argparse.Namespace) -> tuple[list[Hit], str]:
     from .encoder import Encoder
     from .index import Index
     from .index_build import check_model
+    from .manifest import MANIFEST
 
     stages = [Stage.parse(text) for text in args.cascade or ()]
     if args.budget:
         stages = [Stage(Budget.parse(args.budget))]
     with Index.open(args.source, skip_damaged=args.skip_damaged) as index:
-        with Encoder.open(args.bundle or index.bundle) as encoder:
+        bundle = Path(args.bundle or index.bundle)
+        if args.bundle is None and not (bundle / MANIFEST).is_file():
+            raise UsageError(
+                f"{args.source} was made with {bundle}, which is no longer there; say where by --bundle DIR"
+            )
+        with Encoder.open(bundle) as encoder:
             check_model(encoder, index.fingerprint, args.source)
             most = max((stage.budget.query for stage in stages), default=None)
             query = encoder.encode_queries([args.text], images=[args.image], budget=most)[0]

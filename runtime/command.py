@@ -85,6 +85,11 @@ def _fail(parser: Parser, args: argparse.Namespace, sentence: str, code: int) ->
     return code
 
 
+def on_one_line(text: str) -> str:
+    """A text of somebody's data for a terminal: line breaks and control signs as escapes, lest they pass for output."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 def progress(items: Iterable[T], what: str, *, quiet: bool = False) -> Iterable[T]:
     """The items, with a progress bar on stderr while they are worked on; no bar where stderr is not a terminal."""
     return tqdm(items, desc=what, disable=True if quiet else None, leave=False)

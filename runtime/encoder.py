@@ -131,8 +131,10 @@ class Encoder:
     ) -> Floats:
         vectors = self._vectors(side, budget)
         pairs = align_inputs(texts, images)
-        if batch_size is not None and batch_size < 1:
-            raise UsageError(f"a batch of {batch_size} items is not possible; batch_size is at least 1")
+        if batch_size is not None and not (hasattr(batch_size, "__index__") and batch_size >= 1):
+            raise UsageError(
+                f"a batch of {batch_size!r} items is not possible; batch_size is a whole number, at least 1"
+            )
         result = np.empty((len(pairs), vectors, self.dim), np.float32)
         for chunk in self._chunks(side, pairs):
             for batch in self._batches(chunk, self._batch_size(batch_size)):
@@ -228,6 +230,12 @@ def align_inputs(
         raise UsageError("texts and images are lists; for one item give a list of one")
     if texts is None and images is None:
         raise UsageError("nothing to encode: give texts, images, or both")
+    if not all(
+        hasattr(given, "__getitem__") and hasattr(given, "__len__") for given in (texts, images) if given is not None
+    ):
+        raise UsageError(
+            "texts and images are lists, whose items have an order; make one of a generator or a set by list(...)"
+        )
     count = len(texts if texts is not None else images or ())
     texts, images = texts if texts is not None else [None] * count, images if images is not None else [None] * count
     if len(texts) != len(images):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ class Snapshot:
 
 
 class Index:
-    """An open index. Safe to use while another process writes; one object belongs to one thread at a time."""
+    """An open index. Safe to use while another process writes, and from several threads; close it when all are done."""
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class Index:
         about = catalogue.about()
         self.layout = Layout.from_json(json.loads(about["layout"]))
         self.fingerprint, self.bundle = about.get("fingerprint", ""), about.get("bundle", "")
-        self._version, self._snapshot = -1, Snapshot(())
+        self._version, self._snapshot, self._turn = -1, Snapshot(()), threading.RLock()
         self.device: DeviceGroups | None = None
         self._sound: set[int] = set()  # segments whose rows in the catalogue were all read and found good
 
@@ -239,19 +240,20 @@ class Index:
 
     def snapshot(self) -> Snapshot:
         """The present state; the same object until another process commits."""
-        while True:
-            with self._catalogue.reading():
-                version = self._catalogue.version()
-                rows = self._catalogue.segments() if version != self._version else None
-            if rows is None:
-                return self._snapshot
-            try:
-                self._snapshot, self._version = self._load(rows), version
-                if self.device:
-                    self.device.keep({part.segment for part in self._snapshot.parts})
-            except BundleError:
-                if self._catalogue.version() == version:
-                    raise  # else a segment was compacted away between the two reads
+        with self._turn:
+            while True:
+                with self._catalogue.reading():
+                    version = self._catalogue.version()
+                    rows = self._catalogue.segments() if version != self._version else None
+                if rows is None:
+                    return self._snapshot
+                try:
+                    self._snapshot, self._version = self._load(rows), version
+                    if self.device:
+                        self.device.keep({part.segment for part in self._snapshot.parts})
+                except BundleError:
+                    if self._catalogue.version() == version:
+                        raise  # else a segment was compacted away between the two reads
 
     def stored_items(self) -> int:
         """Items that take space on the disk, deleted ones included."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BundleError, MetaEmbedError
+from .errors import BundleError, MetaEmbedError, UsageError
 from .index_layout import Layout
 
 CATALOGUE = "catalogue.sqlite"
@@ -71,10 +72,14 @@ def _crc(*fields: object) -> int:
 
 
 class Catalogue:
-    """An open catalogue. Statements that need one state of it go inside ``with catalogue.reading()`` or ``writing()``."""
+    """An open catalogue. Statements that need one state of it go inside ``with catalogue.reading()`` or ``writing()``.
+
+    Threads take turns: a connection has one transaction at a time.
+    """
 
     def __init__(self, folder: Path, *, write: bool = False) -> None:
         self.path = folder / CATALOGUE
+        self._turn = threading.RLock()
         with self._sentences():
             # mode=rw also for readers: after a writer was killed, the first to open the file rolls its journal back.
             # SQLite itself falls back to reading where the file may not be written.
@@ -101,7 +106,8 @@ class Catalogue:
             connection.close()
 
     def close(self) -> None:
-        self._db.close()
+        with self._turn:
+            self._db.close()
 
     def version(self) -> int:
         """Changes whenever another connection has committed."""
@@ -212,7 +218,8 @@ class Catalogue:
     def find_damage(self) -> list[str]:
         """What SQLite says against the file's structure; empty when it is sound."""
         try:
-            found = [str(row[0]) for row in self._db.execute("PRAGMA integrity_check")]
+            with self._turn:
+                found = [str(row[0]) for row in self._db.execute("PRAGMA integrity_check")]
         except sqlite3.DatabaseError as error:
             found = [str(error)]
         return [f"{self.path}: {line}" for line in found if line != "ok"]
@@ -230,9 +237,12 @@ class Catalogue:
 
     @contextmanager
     def _sentences(self) -> Iterator[None]:
-        """Turn what SQLite reports into one sentence."""
+        """Turn what SQLite reports into one sentence; one thread at a time."""
         try:
-            yield
+            with self._turn:
+                yield
+        except sqlite3.ProgrammingError as error:
+            raise UsageError(f"the index {self.path.parent} is closed") from error
         except sqlite3.OperationalError as error:
             raise MetaEmbedError(self._sentence(str(error))) from error
         except (sqlite3.DatabaseError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Container
 from typing import Any
 
@@ -23,6 +24,7 @@ class DeviceGroups:
         self.vectors = vectors
         self._scorer = scorer
         self._placed: dict[Segment, Placed] = {}
+        self._turn = threading.Lock()  # one device, one scorer: threads wait for each other, and for copies being freed
 
     @property
     def nbytes(self) -> int:
@@ -31,6 +33,10 @@ class DeviceGroups:
 
     def place(self, segment: Segment) -> Placed:
         """The copy of a segment, made if there is none. Check the segment first."""
+        with self._turn:
+            return self._place(segment)
+
+    def _place(self, segment: Segment) -> Placed:
         if segment not in self._placed:
             groups = segment.groups(self.vectors)
 
@@ -47,7 +53,8 @@ class DeviceGroups:
         Raises:
             UsageError: a similarity is NaN or infinite.
         """
-        scores = self._scorer.scores(queries, self.place(segment))
+        with self._turn:
+            scores = self._scorer.scores(queries, self._place(segment))
         finite = np.isfinite(scores).all(axis=0)
         if not finite.all():
             raise not_finite(int(np.argmin(finite)))
@@ -55,6 +62,7 @@ class DeviceGroups:
 
     def keep(self, segments: Container[Segment]) -> None:
         """Free the copies of all other segments."""
-        for segment in [held for held in self._placed if held not in segments]:
-            self._placed[segment].free()
-            del self._placed[segment]
+        with self._turn:
+            for segment in [held for held in self._placed if held not in segments]:
+                self._placed[segment].free()
+                del self._placed[segment]

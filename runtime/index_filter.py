@@ -8,8 +8,10 @@ from collections.abc import Iterable
 
 from .errors import UsageError
 
-OPERATORS = {"=": "=", "!=": "<>", "<=": "<=", ">=": ">=", "<": "<", ">": ">"}
-_CONDITION = re.compile(r"\s*([\w-]+(?:\.[\w-]+)*)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+OPERATORS = {"=": "=", "==": "=", "!=": "<>", "<=": "<=", ">=": ">=", "<": "<", ">": ">"}
+# Names may hold anything that is neither an operator nor a sign of JSON paths: they are quoted in one.
+_NAME = r'[^\s.=!<>"\\](?:[^.=!<>"\\]*[^\s.=!<>"\\])?'
+_CONDITION = re.compile(rf"\s*({_NAME}(?:\.{_NAME})*)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*", re.DOTALL)
 
 
 MOST_CONDITIONS = 100  # SQLite nests them, 1,000 deep at most

@@ -102,7 +102,9 @@ def prepare(queries: NDArray[Any], candidates: Vectors, budget: Budget | None) -
             f"queries have {queries.shape[2]} dims and candidates {candidates.shape[2]}; both need the same"
         )
     if budget is not None:
-        budget.check_within(queries.shape[1], candidates.shape[1])
+        if not isinstance(budget, Budget):
+            raise UsageError(f"a budget is a Budget, for example Budget(8, 16), not {budget!r}")
+        budget.check_within(queries.shape[1], candidates.shape[1], owner="these have")
         queries, candidates = queries[:, : budget.query], prefix(candidates, budget.candidate)
     return np.ascontiguousarray(queries, np.float32), candidates
 

@@ -16,6 +16,8 @@ from metaembed.bench.efficiency import encoder_costs, scoring_costs
 from metaembed.bench.quality import measure_quality
 from metaembed.bench.records import make_record, read_records
 from metaembed.bench.report import write_report
+from metaembed.bench.report_advice import make_advice
+from metaembed.bench.report_plots import draw_parity
 from metaembed.bench.report_tables import MISSING, TABLES, fill_tables
 from metaembed.bench.table import to_markdown
 from metaembed.runtime.cascade import Stage
@@ -83,6 +85,28 @@ def test_plots_follow_light_and_dark(records, tmp_path):
     assert (tmp_path / "plots" / "quality.png").read_bytes()[:4] == b"\x89PNG"
     assert not (tmp_path / "plots" / "roofline.png").exists()
     assert "roofline of scoring" in page.rsplit("Not measured here", 1)[1]
+
+
+def test_the_advice_says_whose_quality_it_is_and_what_a_first_stage_may_lose():
+    """By hand: of 16,64, 0.9, a first stage of 1,1, 0.5, may lose up to 0.4; the curve knows 2,000 candidates, not a million."""
+    values = dict(zip(map(str, BUDGETS), (0.5, 0.6, 0.7, 0.8, 0.9), strict=True))
+    about = {"kind": "quality", "cascade": None, "dataset": "pages", "artefact": "ours", "candidates": 2000}
+    table = make_advice([about | {"budget": budget, "ndcg_at_5": value} for budget, value in values.items()])
+    rows = {row[0]: row for row in table.rows}
+    assert rows["Jetson AGX Orin 64 GB, 3b"][1].startswith("cascade 1,1:1000 16,64;")
+    assert rows["Jetson AGX Orin 64 GB, 3b"][4:] == ("0.500 to 0.900", "0.000 to 0.400")
+    assert "ours on pages, over 2,000 candidates" in table.note
+
+
+def test_no_two_curves_of_parity_look_alike():
+    records = [
+        {"kind": "parity", "model": "m", "precision": precision, "side": side, "image_tokens": 4, "min_cosine": 0.99}
+        for precision in ("fp32", "bf16", "fp16", "int8", "fp8")
+        for side in ("query", "candidate")
+    ]
+    lines = [line for line in draw_parity(records).axes[0].lines if not line.get_label().startswith("_")]
+    looks = {(line.get_color(), line.get_marker(), line.get_fillstyle()) for line in lines}
+    assert len(lines) == len(looks) == 10
 
 
 def test_tables_between_markers_are_made_again(records):

@@ -97,6 +97,9 @@ MISTAKES: dict[str, tuple[dict, str]] = {
     "half a character": ({"texts": ["\ud83d"]}, "Unicode"),
     "a missing image": ({"images": ["nowhere.png"]}, "missing"),
     "an array": ({"images": [np.zeros((9, 9, 3))]}, "not ndarray"),
+    "a generator": ({"texts": (text for text in "ab")}, "list"),
+    "a set": ({"texts": {"a", "b"}}, "list"),
+    "half a batch": ({"texts": ["a"], "batch_size": 2.5}, "whole number"),
     "no batch": ({"texts": ["a"], "batch_size": 0}, "at least 1"),
 }
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -204,6 +205,32 @@ def test_a_search_that_began_before_a_compaction_ends_on_its_own_state(folder, q
         assert_same(index.search(query, 9, cascade=FULL), ranked(items, query, 9))
 
 
+def test_threads_share_an_index_that_changes(folder):
+    """As a web server does: eight threads search one object while another writes. Expected: what one thread finds alone."""
+    fill(folder, 20, 20)
+    rng = np.random.default_rng(11)
+    queries = [unit(rng, 3, D) for _ in range(8)]
+    stages = [Stage(Budget(1, 1), 39), Stage(Budget(3, R))]
+    with Index.open(folder) as index, index.writer() as writer, ThreadPoolExecutor(8) as pool:
+        wanted = [index.search(query, 5, cascade=stages, where=["number>=2"]) for query in queries]
+        found = [pool.submit(index.search, queries[k % 8], 5, cascade=stages, where=["number>=2"]) for k in range(80)]
+        for _ in range(4):  # one fewer than the compactions that a search outlasts
+            writer.add(["passing"], unit(rng, 1, R, D))
+            writer.delete(["passing"])
+            writer.compact()
+        for k, future in enumerate(found):
+            assert future.result() == wanted[k % 8]
+
+
+def test_a_closed_index_says_so(folder, query):
+    """Found in use: it was called damaged, and to be restored."""
+    index = Index.open(folder)
+    index.close()
+    index.close()
+    with pytest.raises(UsageError, match="is closed"):
+        index.search(query, 1)
+
+
 def test_ties_go_by_id_wherever_they_lie(folder, query):
     same = unit(np.random.default_rng(5), 1, R, D)
     with Index.open(folder) as index:
@@ -213,6 +240,25 @@ def test_ties_go_by_id_wherever_they_lie(folder, query):
         assert [hit.id for hit in index.search(query, 4, cascade=FULL)] == ["a", "b", "c", "d"]
         stages = [Stage(Budget(1, 1), 3), Stage(Budget(3, R))]
         assert [hit.id for hit in index.search(query, 2, cascade=stages)] == ["a", "b"]
+
+
+def test_filters_name_fields_as_data_sets_do(folder, query):
+    """By hand: metadata of others has names with spaces, accents and dollars; none of them is read as a path or as SQL."""
+    payload = {"page number": 3, "año": {"mes del $": 4}, "it's": 5, "[0]": 6}
+    with Index.open(folder) as index:
+        with index.writer() as writer:
+            writer.add(["a"], unit(np.random.default_rng(7), 1, R, D), [payload])
+        for where, count in [
+            ("page number=3", 1),
+            (" page number  >= 4", 0),
+            ("año.mes del $=4", 1),
+            ("it's=5", 1),
+            ("[0]=6", 1),
+        ]:
+            assert len(index.search(query, 9, cascade=FULL, where=[where])) == count, where
+        for where in ('a"b=1', "a\\b=1", "a..b=1", ".a=1", "=1"):
+            with pytest.raises(UsageError, match="is not of the form"):
+                index.search(query, 9, cascade=FULL, where=[where])
 
 
 def test_filters_choose_by_payload_fields(folder, query):
@@ -231,6 +277,7 @@ def test_filters_choose_by_payload_fields(folder, query):
         assert found("author.name=O'Hara; --") == list(range(8))
         assert found('year="2003"') == []
         assert found("missing=1") == []
+        assert found("year==2003") == [3]
         assert found("lang=en' OR 1=1 --") == []
         with pytest.raises(UsageError, match="is not of the form FIELD=VALUE"):
             found("year")
@@ -287,6 +334,12 @@ def test_searches_that_ask_too_much_get_one_sentence(folder, query):
             ([Stage(Budget(1, 6))], 1, "asks for 6 candidate Meta Tokens"),
             ([Stage(Budget(1, 1)), Stage(Budget(3, 5))], 1, "does not say how many items it leaves"),
             ([Stage(Budget(1, 1), 2), Stage(Budget(3, 5))], 3, "leaves fewer items than the best 3"),
+            (
+                [Stage(Budget(1, 1), 2), Stage(Budget(2, 4), 3), Stage(Budget(3, 5))],
+                1,
+                "cannot leave more items than the 2",
+            ),
+            ([Stage(Budget(3, 5), 2), Stage(Budget(1, 5))], 1, "uses no more vectors than stage 3,5:2"),
             ([], 1, "at least one stage"),
             (None, 0, "-k is at least 1"),
         ]:

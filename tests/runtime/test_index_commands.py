@@ -108,6 +108,26 @@ def test_resume_adds_what_is_new_and_update_replaces(demo_bundle, data, tmp_path
     )
 
 
+def test_a_bundle_that_moved_is_asked_for(demo_bundle, data, tmp_path, capsys):
+    moved = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    assert cli_index.main([str(moved), "--data", str(data), "-o", str(tmp_path / "index"), "--quiet"]) == 0
+    moved.rename(tmp_path / "elsewhere")
+    assert "say where by --bundle" in refused(capsys, cli_search.main, tmp_path / "index", "a red star")
+    assert len(searched(capsys, tmp_path / "index", "a red star", "--bundle", tmp_path / "elsewhere")) == 4
+
+
+def test_an_id_cannot_pass_for_output(demo_bundle, tmp_path, capsys):
+    """An id with a line break and a terminal's colour code is one line of visible signs; --json gives it as it is."""
+    (tmp_path / "data.jsonl").write_text(json.dumps({"id": "a\n   1    9.9\x1b[31m日", "text": "b"}))
+    assert (
+        cli_index.main([str(demo_bundle), "--data", str(tmp_path / "data.jsonl"), "-o", str(tmp_path / "index")]) == 0
+    )
+    capsys.readouterr()
+    assert cli_search.main([str(tmp_path / "index"), "b", "--quiet"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("  a\\n   1    9.9\\x1b[31m日")
+    assert searched(capsys, tmp_path / "index", "b")[0]["id"] == "a\n   1    9.9\x1b[31m日"
+
+
 def test_info_verify_delete_compact(demo_bundle, index, tmp_path, capsys):
     folder = tmp_path / "index"
     shutil.copytree(index, folder)
@@ -140,6 +160,9 @@ def test_mistakes_get_one_sentence(demo_bundle, data, index, tmp_path, capsys):
         capsys, cli_index.main, demo_bundle, "--data", data, "-o", tmp_path / "o", "--budget", 65
     )
     assert "no query" in refused(capsys, cli_search.main, index)
+    assert "before --cascade, which takes every word" in refused(
+        capsys, cli_search.main, index, "--cascade", "1,1", "text"
+    )
     assert "is no index" in refused(capsys, cli_search.main, demo_bundle, "text")
     assert "not both" in refused(capsys, cli_search.main, index, "a", "--budget", "1,1", "--cascade", "1,1")
     assert "belong to an index" in refused(

@@ -132,6 +132,9 @@ def test_shapes_and_types_that_do_not_fit_get_one_sentence(queries, candidates, 
 def test_a_budget_beyond_the_vectors_is_refused():
     with pytest.raises(UsageError, match="asks for 8 candidate Meta Tokens"):
         maxsim(np.ones((1, 4, D), np.float32), np.ones((N, R, D), np.float32), Budget(4, 8))
+    for budget in (8, (4, 2), "4,2"):
+        with pytest.raises(UsageError, match="a budget is a Budget"):
+            maxsim(np.ones((1, 4, D), np.float32), np.ones((N, R, D), np.float32), budget)
 
 
 def test_memory_stays_within_a_few_tiles():

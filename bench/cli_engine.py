@@ -75,10 +75,8 @@ def measure_engines(
     the copies to and from the GPU, but image embeddings stay there; each run ends when the result is on the host.
     ``limit_ms``, where the device is known: all operations at its dense peak rate or all weights read once, the slower.
     """
-    geometry, kind = (
-        bundle.manifest.geometry,
-        (bundle.manifest.quantization or {}).get("type") or bundle.manifest.precision,
-    )
+    geometry = bundle.manifest.geometry
+    kind = (bundle.manifest.quantization or {}).get("type") or bundle.manifest.precision
     decoder = weight_bytes_read(geometry, kind, image=False)
     tower = weight_bytes_read(geometry, kind, image=True) - decoder
     grid = _square_grid(bundle)
@@ -146,11 +144,10 @@ def measure_scorer(
 
 
 def _limit(device: Device | None, kind: str, flops: int, nbytes: int) -> dict[str, Any]:
-    """The least time that any implementation can take on a device, in the type of the products."""
+    """A record's fields of the device's limit, in the type of the products; none where the device is not known."""
     if device is None:
         return {}
-    seconds = max(flops / device.peak_tflops[kind] / 1e12, nbytes / device.bandwidth_gb_s / 1e9)
-    return {"limit_ms": round(1e3 * seconds, 4), "limit_of": device.name}
+    return {"limit_ms": round(device.limit_ms(kind, flops, nbytes), 4), "limit_of": device.name}
 
 
 def _device_here() -> Device | None:

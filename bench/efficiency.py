@@ -50,7 +50,7 @@ def encoder_costs(name: str, geometry: Geometry) -> list[Record]:
                 "image_tokens": cost.image_tokens,
                 "vision_gflop": cost.flops.vision / 1e9,
                 "language_gflop": cost.flops.language / 1e9,
-                "limit_ms": {device.name: _limit_ms(device, cost.flops.total, nbytes) for device in devices},
+                "limit_ms": {device.name: device.limit_ms("bf16", cost.flops.total, nbytes) for device in devices},
             }
         )
     return found
@@ -109,13 +109,9 @@ def _scoring_cost(name: str, geometry: Geometry, budget: Budget, devices: Sequen
         "candidates": CANDIDATES,
         "gflop": flops / 1e9,
         "index_gib": nbytes / 2**30,
-        "limit_ms": {device.name: _limit_ms(device, flops, nbytes) for device in devices},
+        "limit_ms": {device.name: device.limit_ms("bf16", flops, nbytes) for device in devices},
         "reported": dict(zip(("gflop", "index_gib", "ms"), reported, strict=True)) if reported else None,
     }
-
-
-def _limit_ms(device: Device, flops: int, nbytes: int) -> float:
-    return 1e3 * max(flops / (device.peak_tflops["bf16"] * 1e12), nbytes / (device.bandwidth_gb_s * 1e9))
 
 
 def _measured_count(geometry: Geometry, budget: Budget) -> int:

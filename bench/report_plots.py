@@ -192,10 +192,7 @@ def draw_parity(records: Sequence[Record]) -> Figure | None:
     figure, axes = plt.subplots(figsize=(5.4, 4.7))
     subjects = list(group(found, "model", "precision"))
     for (*subject, side), curve in group(found, "model", "precision", "side").items():
-        curve, k = (
-            sorted(curve, key=lambda record: record["image_tokens"]),
-            subjects.index(tuple(subject)) % len(SERIES),
-        )
+        curve, k = sorted(curve, key=lambda r: r["image_tokens"]), subjects.index(tuple(subject)) % len(SERIES)
         axes.plot([r["image_tokens"] for r in curve], [max(1 - r["min_cosine"], 1e-8) for r in curve],
                   label=", ".join((*subject, side)), color=SERIES[k], marker=MARKERS[k],
                   fillstyle="full" if side == "query" else "none")  # fmt: skip

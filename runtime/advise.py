@@ -225,18 +225,14 @@ def _two_stages(
 def _encode_ms(plan: Plan, device: Device, model_type: str) -> float:
     """One text query at the device's limit."""
     read = weight_bytes_read(plan.geometry, model_type, image=False)
-    return _limit_ms(device, model_type, plan.inputs[0].flops.total, read)
+    return device.limit_ms(model_type, plan.inputs[0].flops.total, read)
 
 
 def _score_ms(plan: Plan, device: Device, budget: Budget, candidates: int, index_type: str) -> float:
     """One query against so many candidates at the device's limit; int8 vectors are widened, so operations stay 16-bit."""
     compute = "bf16" if "bf16" in device.types else "fp16"
     read = index_bytes(plan.geometry, budget.candidate, candidates, index_type)
-    return _limit_ms(device, compute, scoring_flops(plan.geometry, budget, candidates), read)
-
-
-def _limit_ms(device: Device, kind: str, operations: int, nbytes: int) -> float:
-    return 1e3 * max(operations / (device.peak_tflops[kind] * 1e12), nbytes / (device.bandwidth_gb_s * 1e9))
+    return device.limit_ms(compute, scoring_flops(plan.geometry, budget, candidates), read)
 
 
 def _fits(option: Option, memory: int, needs: Needs) -> bool:

@@ -95,6 +95,10 @@ class Device:
         """fp32, fp16, int8, and where the hardware has them bf16 and fp8."""
         return supported_types(self.capability)
 
+    def limit_ms(self, kind: str, operations: int, nbytes: int) -> float:
+        """The least milliseconds that any program needs: all operations of a type at its peak rate, or these bytes read once."""
+        return 1e3 * max(operations / (self.peak_tflops[kind] * 1e12), nbytes / (self.bandwidth_gb_s * 1e9))
+
     @property
     def jetpacks(self) -> tuple[JetPack, ...]:
         """The JetPack releases for this board, oldest first; empty for a GPU that takes any TensorRT."""

@@ -88,7 +88,7 @@ def _open(bundle: Bundle, graphs: Sequence[str], attempt: Attempt, threads: int)
     quantised = manifest.quantization is not None
     if on_cpu and quantised and set(graphs) != {SCORER}:
         _require_memory(bundle)
-    # Codes are not widened, and folding their transposes is worth its memory.
+    # A quantised bundle is loaded as it is: codes stay one byte each, packed as products read them.
     lean = on_cpu and not quantised and not _fits(4 * count_values(bundle.folder / "weights"))
     if TENSORRT in attempt.providers:  # has no option for it, and builds with TensorFloat-32 unless this says no
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")

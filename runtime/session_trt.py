@@ -39,11 +39,8 @@ def installed_flavours() -> dict[str, str]:
         if importlib.util.find_spec(name):
             try:
                 found[name] = str(importlib.import_module(name).__version__)
-            except (
-                ImportError,
-                OSError,
-                AttributeError,
-            ) as error:  # a wheel without its libraries, a library without its driver
+            # A wheel without its libraries, a library without its driver, a folder of that name.
+            except (ImportError, OSError, AttributeError) as error:
                 log.warning("%s is installed and cannot be imported: %s", name, error)
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -49,16 +49,17 @@ def _reflink(source: Path, target: Path) -> None:
 
 def count_values(folder: Path) -> int:
     """Numbers in a folder's safetensors, from their headers: a graph may compute in float32 over narrower stored weights."""
-    return sum(prod(tensor["shape"]) for path in folder.glob("*.safetensors") for tensor in _tensors(path))
+    return sum(prod(tensor["shape"]) for tensor in _tensors(folder))
 
 
 def copied_bytes(folder: Path) -> int:
     """The least memory that a quantised bundle's weights take on the CPU, beside the mapped files."""
-    tensors = (tensor for path in folder.glob("*.safetensors") for tensor in _tensors(path))
-    return sum(prod(tensor["shape"]) * COPIED.get(tensor["dtype"], 0) for tensor in tensors)
+    return sum(prod(tensor["shape"]) * COPIED.get(tensor["dtype"], 0) for tensor in _tensors(folder))
 
 
-def _tensors(path: Path) -> list[dict[str, Any]]:
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return [entry for name, entry in header.items() if name != "__metadata__"]
+def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
+    """The header's entry of every tensor of a folder's files."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        yield from (entry for name, entry in header.items() if name != "__metadata__")

@@ -44,6 +44,15 @@ def append_records(path: Path, records: Iterable[Record]) -> None:
         file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
+def check_output(path: Path) -> None:
+    """A UsageError where `append_records` will fail: better before hours of measuring than after them."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; -o takes a file of records, for example {path / 'records.jsonl'}")
+    place = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not os.access(place, os.W_OK) or not (place == path or place.is_dir()):
+        raise UsageError(f"{path} cannot be written ({place} does not allow it); -o takes a file of records")
+
+
 def read_records(paths: Sequence[Path]) -> list[Record]:
     """All records of JSON lines files, and of those in folders, in order; one without a kind has its file's name as kind.
 

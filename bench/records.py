@@ -32,6 +32,13 @@ ORIGIN = (
 )  # the fields that say where it is from
 
 
+class StoredRecord(dict[str, Any]):
+    """A record that was read: a field that it lacks is damage, and named."""
+
+    def __missing__(self, field: str) -> Any:
+        raise BundleError(f"a record of kind {self.get('kind')!r} lacks {field!r}; was it written by another version?")
+
+
 def make_record(kind: str, values: Record, artefact: Path | None = None) -> Record:
     """One measurement with its origin. ``artefact`` is a bundle, another file, or None for arithmetic and the machine itself."""
     return {"kind": kind, **values, **identify(artefact), **_origin()}
@@ -62,7 +69,9 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     """
     files = [file for path in paths for file in _files(path)]
     return [
-        {"kind": file.stem, **_parse(line, f"{file}, line {number}")} for file in files for number, line in _lines(file)
+        StoredRecord({"kind": file.stem, **_parse(line, f"{file}, line {number}")})
+        for file in files
+        for number, line in _lines(file)
     ]
 
 
@@ -78,7 +87,7 @@ def of_kind(records: Iterable[Record], kind: str, *keys: str) -> list[Record]:
 
 def by_kernels(records: Iterable[Record], kind: str, *keys: str) -> list[Record]:
     """The latest records of one kind for each sort of processor, told apart by these fields; ``kernels`` names the sort."""
-    named = ({**record, "kernels": record.get("machine", {}).get("kernels", "")} for record in records)
+    named = (StoredRecord(record, kernels=record.get("machine", {}).get("kernels", "")) for record in records)
     return sorted(of_kind(named, kind, "kernels", *keys), key=lambda record: record["kernels"])
 
 

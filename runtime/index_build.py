@@ -56,6 +56,8 @@ def read_data(path: Path) -> list[Item]:
         UsageError: nothing there, a line that is not of this form, or an id that occurs twice.
     """
     if path.is_dir():
+        if (corpus := path / "corpus.jsonl").is_file():
+            log.warning("every image below %s is indexed; to index its corpus instead, give --data %s", path, corpus)
         return [Item(found.relative_to(path).as_posix(), image=found) for found in find_images(path)]
     if not path.is_file():
         raise UsageError(f"{path} is missing; --data takes a folder of images or a JSONL file")

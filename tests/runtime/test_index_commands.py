@@ -17,6 +17,7 @@ from metaembed.runtime import cli_index, cli_search
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.index import Index
+from metaembed.runtime.index_build import read_data
 from metaembed.runtime.maxsim import maxsim_reference
 from metaembed.runtime.search import find_images
 
@@ -119,6 +120,14 @@ def test_a_disk_too_full_to_merge_on_is_no_failure(demo_bundle, data, tmp_path, 
     assert cli_index.main([str(demo_bundle), "--data", str(data), "-o", str(tmp_path / "index")]) == 0
     assert "all is stored, but not merged" in caplog.text
     assert "4 items added" in capsys.readouterr().out
+
+
+def test_a_data_set_given_as_a_folder_of_images_is_pointed_out(data, tmp_path, caplog):
+    """Its pictures of queries would be indexed too."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / "data.jsonl").rename(folder / "corpus.jsonl")
+    assert len(read_data(folder)) == 4
+    assert f"give --data {folder / 'corpus.jsonl'}" in caplog.text
 
 
 def test_a_bundle_that_moved_is_asked_for(demo_bundle, data, tmp_path, capsys):

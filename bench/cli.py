@@ -32,6 +32,7 @@ COMMANDS = {
     "export": ("cli_export", "seconds, memory and bytes of exports at real sizes; exports killed at random moments"),
     "train": ("cli_train", "train the demo model from scratch"),
 }
+WRITE_FOLDERS = ("scenes", "train", "report")  # where -o is a folder; of all others it is a file of records
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _work(args: argparse.Namespace) -> int | None:
+    output = getattr(args, "output", None)
+    if output is not None and args.command not in WRITE_FOLDERS:
+        from .records import check_output
+
+        check_output(output)
     return import_module(f"metaembed.bench.{COMMANDS[args.command][0]}").work(args)
 
 

@@ -29,7 +29,10 @@ def work(args: argparse.Namespace) -> int:
     for path in args.files:
         if not path.is_file():
             raise UsageError(f"{path} does not exist")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path} is not UTF-8 text ({error}); tables are written into Markdown files") from None
         filled = fill_tables(text, records)
         if filled != text:
             stale.append(path)

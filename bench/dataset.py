@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +17,10 @@ from typing import Any
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.search import find_images
 
+log = logging.getLogger(__name__)
 CORPUS, QUERIES = "corpus.jsonl", "queries.jsonl"
 METADATA = ("metadata.jsonl", "metadata.csv")
+GRADES = ("score", "relevance", "rel", "grade", "label")  # what headers of judgements call the last column
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,22 @@ def demo_dataset(count: int, queries: tuple[int, int, int], seed: int) -> Iterat
 
 
 def _load_beir(folder: Path, split: str) -> Dataset:
-    candidates = [_item(row, folder, f"{CORPUS}, line {k}") for k, row in _read_jsonl(folder / CORPUS)]
-    return _join(folder.name, candidates, _read_queries(folder), _read_qrels(_find_qrels(folder, split)))
+    """Candidates of neither text nor image are left out, unless a judgement calls one relevant."""
+    rows = [
+        (f"{CORPUS}, line {k}", _item(row, folder, f"{CORPUS}, line {k}")) for k, row in _read_jsonl(folder / CORPUS)
+    ]
+    judgements = _read_qrels(_find_qrels(folder, split))
+    gaining = {candidate for _, candidate, grade in judgements if grade > 0}
+    empty = {item.id: where for where, item in rows if item.text is None and item.image is None}
+    if judged := sorted(empty.keys() & gaining):
+        raise UsageError(f"{folder / empty[judged[0]]} has neither text nor image, but a judgement calls it relevant")
+    if empty:
+        log.warning(
+            "%s: candidates with neither text nor image are left out: %d, %r first", folder, len(empty), min(empty)
+        )
+    candidates = [item for _, item in rows if item.id not in empty]
+    kept = [judgement for judgement in judgements if judgement[1] not in empty]
+    return _join(folder.name, candidates, _read_queries(folder), kept)
 
 
 def _load_images_and_queries(folder: Path, split: str) -> Dataset:
@@ -96,9 +114,12 @@ def _load_image_folder(folder: Path, metadata: Path) -> Dataset:
             raise UsageError(f"{metadata} has a row without file_name")
     pages = {str(row["file_name"]): None for row in rows}
     candidates = [Item(name, None, _existing(folder, name, metadata.name)) for name in pages]
-    asked = {str(row["query"]): None for row in rows if row.get("query")}
-    queries = [Item(text, text, None) for text in asked]
-    judgements = [(str(row["query"]), str(row["file_name"]), 1.0) for row in rows if row.get("query")]
+    asking = [row for row in rows if str(row.get("query") or "").strip()]
+    for row in asking:
+        if not isinstance(row["query"], str):
+            raise UsageError(f"{metadata}: the query of {row['file_name']!r} is no text; write a row for each query")
+    queries = [Item(text, text, None) for text in dict.fromkeys(row["query"] for row in asking)]
+    judgements = [(row["query"], str(row["file_name"]), 1.0) for row in asking]
     return _join(folder.name, candidates, queries, judgements)
 
 
@@ -109,9 +130,14 @@ def _join(
     candidates, queries = tuple(candidates), list(queries)
     places = {item.id: place for place, item in enumerate(candidates)}
     graded: dict[str, dict[int, float]] = {query.id: {} for query in queries}
-    if len(places) != len(candidates) or len(graded) != len(queries):
-        raise UsageError(f"{name}: ids of candidates and of queries have to be unique")
+    for what, items in (("candidates", candidates), ("queries", queries)):
+        id_, count = Counter(item.id for item in items).most_common(1)[0] if items else ("", 1)
+        if count > 1:
+            raise UsageError(f"{name}: ids of {what} have to be unique, and {id_!r} occurs {count} times")
+    given: dict[tuple[str, str], float] = {}
     for query, candidate, grade in judgements:
+        if given.setdefault((query, candidate), grade) != grade:
+            raise UsageError(f"{name}: candidate {candidate!r} is judged twice for query {query!r}, and not alike")
         if query not in graded or candidate not in places:
             what = f"query {query!r}" if query not in graded else f"candidate {candidate!r}"
             raise UsageError(f"{name}: the judgements name {what}, which the data set does not have")
@@ -124,18 +150,21 @@ def _join(
 
 
 def _read_queries(folder: Path) -> list[Item]:
-    return [_item(row, folder, f"{QUERIES}, line {k}") for k, row in _read_jsonl(folder / QUERIES)]
+    queries = [(f"{QUERIES}, line {k}", row) for k, row in _read_jsonl(folder / QUERIES)]
+    items = [_item(row, folder, where) for where, row in queries]
+    for (where, _), item in zip(queries, items, strict=True):
+        if item.text is None and item.image is None:
+            raise UsageError(f"{folder / where} has neither text nor image")
+    return items
 
 
 def _item(row: dict[str, Any], folder: Path, where: str) -> Item:
     """BEIR's ``_id``, ``title`` and ``text``, and our ``image``, a path relative to the folder."""
     if row.get("_id") in (None, ""):
         raise UsageError(f"{folder / where} has no _id")
-    text = " ".join(str(part) for part in (row.get("title"), row.get("text")) if part) or None
+    text = " ".join(str(part) for part in (row.get("title"), row.get("text")) if part)
     image = _existing(folder, str(row["image"]), where) if row.get("image") else None
-    if text is None and image is None:
-        raise UsageError(f"{folder / where} has neither text nor image")
-    return Item(str(row["_id"]), text, image)
+    return Item(str(row["_id"]), text if text.strip() else None, image)
 
 
 def _existing(folder: Path, name: str, where: str) -> Path:
@@ -157,7 +186,7 @@ def _read_qrels(path: Path) -> list[tuple[str, str, float]]:
     """BEIR's three columns, or trec_eval's four, with or without a header."""
     lines = [line for line in _text(path).split("\n") if line.strip()]
     rows = [line.rstrip("\r").split("\t" if "\t" in line else None) for line in lines]  # names may hold spaces
-    if rows and rows[0][-1] == "score":
+    if rows and rows[0][-1].strip().lower() in GRADES:
         rows = rows[1:]
     try:
         return [(row[0], row[-2], _grade(row[-1])) for row in rows if _has_columns(row)]
@@ -200,4 +229,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_table(path: Path) -> Iterator[dict[str, Any]]:
-    yield from csv.DictReader(_text(path).splitlines(keepends=True))
+    try:
+        yield from csv.DictReader(_text(path).splitlines(keepends=True))
+    except csv.Error as error:
+        raise UsageError(f"{path} cannot be read as CSV ({error})") from None

@@ -32,6 +32,13 @@ ORIGIN = (
 )  # the fields that say where it is from
 
 
+class StoredRecord(dict[str, Any]):
+    """A record that was read: a field that it lacks is damage, and named."""
+
+    def __missing__(self, field: str) -> Any:
+        raise BundleError(f"a record of kind {self.get('kind')!r} lacks {field!r}; was it written by another version?")
+
+
 def make_record(kind: str, values: Record, artefact: Path | None = None) -> Record:
     """One measurement with its origin. ``artefact`` is a bundle, another file, or None for arithmetic and the machine itself."""
     return {"kind": kind, **values, **identify(artefact), **_origin()}
@@ -44,6 +51,15 @@ def append_records(path: Path, records: Iterable[Record]) -> None:
         file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
+def check_output(path: Path) -> None:
+    """A UsageError where `append_records` will fail: better before hours of measuring than after them."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; -o takes a file of records, for example {path / 'records.jsonl'}")
+    place = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not os.access(place, os.W_OK) or not (place == path or place.is_dir()):
+        raise UsageError(f"{path} cannot be written ({place} does not allow it); -o takes a file of records")
+
+
 def read_records(paths: Sequence[Path]) -> list[Record]:
     """All records of JSON lines files, and of those in folders, in order; one without a kind has its file's name as kind.
 
@@ -53,7 +69,9 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     """
     files = [file for path in paths for file in _files(path)]
     return [
-        {"kind": file.stem, **_parse(line, f"{file}, line {number}")} for file in files for number, line in _lines(file)
+        StoredRecord({"kind": file.stem, **_parse(line, f"{file}, line {number}")})
+        for file in files
+        for number, line in _lines(file)
     ]
 
 
@@ -69,7 +87,7 @@ def of_kind(records: Iterable[Record], kind: str, *keys: str) -> list[Record]:
 
 def by_kernels(records: Iterable[Record], kind: str, *keys: str) -> list[Record]:
     """The latest records of one kind for each sort of processor, told apart by these fields; ``kernels`` names the sort."""
-    named = ({**record, "kernels": record.get("machine", {}).get("kernels", "")} for record in records)
+    named = (StoredRecord(record, kernels=record.get("machine", {}).get("kernels", "")) for record in records)
     return sorted(of_kind(named, kind, "kernels", *keys), key=lambda record: record["kernels"])
 
 

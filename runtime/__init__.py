@@ -5,6 +5,7 @@ if __name__ != "metaembed.runtime":
 
 from .budget import Budget
 from .encoder import Encoder
+from .index import Index
 from .maxsim import maxsim
 
-__all__ = ["Budget", "Encoder", "maxsim"]
+__all__ = ["Budget", "Encoder", "Index", "maxsim"]

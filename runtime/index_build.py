@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from .encoder import Encoder
-from .errors import UsageError
+from .errors import BundleError, MetaEmbedError, UsageError
 from .index import Index
 from .index_layout import Layout
 from .index_writer import IndexWriter
 from .readable import encode_readable
 from .search import find_images
 
+log = logging.getLogger(__name__)
 BATCH = 64  # items encoded and made durable together: what a kill can cost
 
 
@@ -54,6 +56,8 @@ def read_data(path: Path) -> list[Item]:
         UsageError: nothing there, a line that is not of this form, or an id that occurs twice.
     """
     if path.is_dir():
+        if (corpus := path / "corpus.jsonl").is_file():
+            log.warning("every image below %s is indexed; to index its corpus instead, give --data %s", path, corpus)
         return [Item(found.relative_to(path).as_posix(), image=found) for found in find_images(path)]
     if not path.is_file():
         raise UsageError(f"{path} is missing; --data takes a folder of images or a JSONL file")
@@ -172,5 +176,10 @@ def build_index(
         if batch:
             writer.add([item.id for item in batch], embeddings, [item.payload for item in batch], replace=update)
             report.added += len(batch)
-    writer.compact()
+    try:
+        writer.compact()
+    except BundleError:
+        raise
+    except (MetaEmbedError, OSError) as error:  # a disk with room for the items, but not for some of them twice
+        log.warning("all is stored, but not merged into larger segments (%s); metaembed-index compact can later", error)
     return report

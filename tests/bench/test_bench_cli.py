@@ -57,6 +57,13 @@ def test_a_wrong_request_is_one_sentence_and_leaves_nothing(tmp_path, capsys, ar
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_that_takes_no_records_is_refused_before_measuring(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for output, says in ((tmp_path, "is a folder"), (tmp_path / "file" / "x.jsonl", "cannot be written")):
+        assert main(["quality", "no-bundle", "-o", str(output)]) == 2
+        assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [None, b"", b"\x08\0\0\0\0\0\0\0{}      "])
 def test_a_missing_or_broken_checkpoint_is_one_sentence(tmp_path, capsys, content):
     if content is not None:

@@ -90,6 +90,29 @@ def test_imagefolder_with_metadata(tmp_path):
     assert dataset.relevant == ({0: 1.0, 1: 1.0}, {0: 1.0})
 
 
+def test_candidates_of_nothing_are_left_out_and_counted(beir, caplog):
+    """A judgement of 0 about one says nothing, and a header may name the grade as others do: the same judgements as before."""
+    with (beir / "corpus.jsonl").open("a") as corpus:
+        corpus.write('\n{"_id": "nothing", "title": "", "text": ""}\n{"_id": "blank", "text": " \\n"}\n')
+    before = load_dataset(beir)
+    assert not {"nothing", "blank"} & {item.id for item in before.candidates}
+    assert "left out: 2, 'blank' first" in caplog.text
+    lines = ["query\tdoc\tRelevance", "q1\td2\t2", "q1\td1\t1", "q3\td1\t1", "q1\tnothing\t0"]
+    (beir / "qrels/test.tsv").write_text("\n".join(lines))
+    assert load_dataset(beir).relevant == before.relevant
+
+
+def test_metadata_that_holds_no_plain_queries(tmp_path):
+    _page(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text(f"file_name,query\na.png,{'x' * 200_000}\n")
+    with pytest.raises(UsageError, match="cannot be read as CSV"):
+        load_dataset(tmp_path)
+    (tmp_path / "metadata.csv").unlink()
+    _write(tmp_path / "metadata.jsonl", {"file_name": "a.png", "query": ["one", "two"]})
+    with pytest.raises(UsageError, match="a row for each query"):
+        load_dataset(tmp_path)
+
+
 def test_the_demo_set_is_read_from_disk_like_any_other():
     with demo_dataset(7, (2, 1, 1), seed=5) as dataset:
         assert len(dataset.candidates) == 7
@@ -112,7 +135,10 @@ def test_the_demo_set_is_read_from_disk_like_any_other():
         ("corpus.jsonl", '{"_id": "d1"}\n', "neither text nor image"),
         ("corpus.jsonl", '{"_id": "d1", "image": "../x.png"}\n', "not in the folder"),
         ("corpus.jsonl", '{"text": "a"}\n', "no _id"),
-        ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "a"}\n', "unique"),
+        ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "a"}\n', "unique, and 'd1' occurs 2 times"),
+        ("corpus.jsonl", '{"_id": "d1", "text": " "}\n', "neither text nor image, but a judgement"),
+        ("queries.jsonl", '{"_id": "q1", "text": " "}\n', "neither text nor image"),
+        ("qrels/test.tsv", "q1\td1\t1\nq1\td1\t2\n", "judged twice"),
     ],
 )
 def test_a_damaged_data_set_is_named_in_one_sentence(beir, file, text, says):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from metaembed.bench.records import ORIGIN, append_records, by_kernels, latest, make_record, read_records
+from metaembed.bench.report import write_report
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.manifest import Bundle
 
@@ -77,3 +80,14 @@ def test_a_record_without_a_kind_has_the_name_of_its_file(tmp_path):
 def test_a_record_names_no_folder_of_the_machine(monkeypatch, typed, kept):
     monkeypatch.setattr("sys.argv", ["/usr/bin/metaembed-bench", "quality", typed])
     assert make_record("x", {})["command"] == f"metaembed-bench quality {kept}"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    "calibration cascade claim_point encoder encoder_cost engine_layout export parity quality scoring scoring_contest "
+    "scoring_cost scoring_scaling sensitivity verdict".split(),
+)
+def test_a_record_that_lacks_fields_is_named(tmp_path, kind):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"kind": kind}) + "\n")
+    with pytest.raises(BundleError, match=f"of kind '{kind}' lacks '"):
+        write_report(read_records([tmp_path]), tmp_path / "report")

@@ -1,5 +1,6 @@
 """metaembed-index and metaembed-search with the demo model, against encoding and scoring by hand."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from metaembed.runtime import cli_index, cli_search
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.index import Index
+from metaembed.runtime.index_build import read_data
 from metaembed.runtime.maxsim import maxsim_reference
 from metaembed.runtime.search import find_images
 
@@ -106,6 +108,26 @@ def test_resume_adds_what_is_new_and_update_replaces(demo_bundle, data, tmp_path
     assert "stores 4 vectors per item, not 8" in refused(
         capsys, cli_index.main, *command[:5], "--resume", "--budget", 8
     )
+
+
+def test_a_disk_too_full_to_merge_on_is_no_failure(demo_bundle, data, tmp_path, monkeypatch, capsys, caplog):
+    """All items are durable by then; merging needs room for some of them twice."""
+
+    def full(_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("metaembed.runtime.index_writer.IndexWriter.compact", full)
+    assert cli_index.main([str(demo_bundle), "--data", str(data), "-o", str(tmp_path / "index")]) == 0
+    assert "all is stored, but not merged" in caplog.text
+    assert "4 items added" in capsys.readouterr().out
+
+
+def test_a_data_set_given_as_a_folder_of_images_is_pointed_out(data, tmp_path, caplog):
+    """Its pictures of queries would be indexed too."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / "data.jsonl").rename(folder / "corpus.jsonl")
+    assert len(read_data(folder)) == 4
+    assert f"give --data {folder / 'corpus.jsonl'}" in caplog.text
 
 
 def test_a_bundle_that_moved_is_asked_for(demo_bundle, data, tmp_path, capsys):

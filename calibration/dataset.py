@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,19 @@ def _read_line(path: Path, number: int, line: bytes) -> CalibrationItem:
         raise UsageError(f"{origin} has side {data.get('side')!r}; it is one of {', '.join(SIDES)}")
     if not all(value is None or isinstance(value, str) for value in (text, image)):
         raise UsageError(f"{origin}: text and image are strings, or null where absent")
+    if text is not None and not _is_unicode(text):
+        raise UsageError(f"{origin}: the text holds half a surrogate pair, which is not valid Unicode")
     if not (text or "").strip() and not image:
         raise UsageError(f"{origin} has neither a text nor an image")
     return CalibrationItem(data["side"], text or None, path.parent / image if image else None, origin)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def choose(
@@ -114,8 +125,9 @@ def choose(
     if samples < 2 * MINIMUM:
         raise UsageError(f"{samples} samples are too few; calibration needs at least {2 * MINIMUM}")
     seen: dict[str, CalibrationItem] = {}
+    warn = cache(log.warning)  # each sentence once: an image of a folder stands on both sides
     for item in _interleave(items, np.random.default_rng(seed)):
-        digest = _digest(item, text_tokens)
+        digest = _digest(item, text_tokens, warn)
         if digest in seen:
             log.info("%s is the same input as %s", item.origin, seen[digest].origin)
         elif digest is not None:
@@ -164,19 +176,19 @@ def _held_out(items: Sequence[CalibrationItem]) -> list[CalibrationItem]:
     return chosen
 
 
-def _digest(item: CalibrationItem, text_tokens: int) -> str | None:
+def _digest(item: CalibrationItem, text_tokens: int, warn: Callable[[str], None]) -> str | None:
     """SHA-256 of what the model will see, or None, with a warning, where the image cannot be read."""
     digest = hashlib.sha256(json.dumps([item.side, item.text]).encode())
     if item.text is not None and len(item.text) > LONG_TEXT * text_tokens:
-        log.warning("%s: a text of %d characters is cut to %d tokens", item.origin, len(item.text), text_tokens)
+        warn(f"{item.origin}: a text of {len(item.text)} characters is cut to {text_tokens} tokens")
     if item.image is not None:
         try:
             image = load_image(item.image)
         except UsageError as error:
-            log.warning("%s is left out: %s", item.origin, error)
+            warn(f"{item.origin} is left out: {error}")
             return None
         if _is_blank(image):
-            log.warning("%s is one plain colour; ranges from such images are narrow", item.origin)
+            warn(f"{item.origin} is one plain colour; ranges from such images are narrow")
         digest.update(f"{image.size}".encode() + image.tobytes())
     return digest.hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from onnx import helper
 from safetensors.numpy import load_file
@@ -280,3 +282,21 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, value):
     model = write_graph(tmp_path, "g.onnx", {**PARAMETERS, "layer.k_proj.weight": bad})
     with pytest.raises(BundleError, match=r"layer.k_proj.weight holds 1 values that are NaN or infinite"):
         check_finite(tmp_path, [model])
+
+
+@pytest.mark.parametrize("twice", [(), ("layer.{q_proj,k_proj}", "layer.o_proj")], ids=["one step", "two steps"])
+def test_a_weight_is_widened_when_its_product_comes_not_all_of_them_before_the_first(tmp_path: Path, twice: tuple):
+    """By ONNX Runtime's own profile: all at once, a 3B FP8 bundle would take 13 GB beside its codes on a CPU."""
+    model = write_graph(tmp_path, "g.onnx")
+    form = FORMATS["int8" if twice else "fp8"]
+    insert_qdq(model, find_groups({"g.onnx": model}), AMAX, Weights(tmp_path, form, {}), SINGLE, twice=twice)
+    ir.save(model, tmp_path / "quantised.onnx")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    session = onnxruntime.InferenceSession(tmp_path / "quantised.onnx", options, providers=["CPUExecutionProvider"])
+    session.run(None, {"x": X})
+    events = json.loads(Path(session.end_profiling()).read_bytes())
+    ran = [(event["args"]["op_name"], event["name"]) for event in events if event["name"].endswith("_kernel_time")]
+    wide = [(op != "MatMul") - (op == "MatMul") for op, name in ran if op == "MatMul" or ".weight/dequantise" in name]
+    assert wide == [1, -1] * (6 if twice else 3) + [-1], "the head's product, the last, has no widened weight"

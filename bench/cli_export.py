@@ -46,7 +46,10 @@ def work(args: argparse.Namespace) -> None:
             return
         for model in args.model or ("7b",):
             if args.parity:
-                keep("export-parity", {"model": model, **measure_parity_export(model, folder / model)})
+                keep(
+                    "export-parity",
+                    {"model": model, **measure_parity_export(model, folder / model, layers=args.layers)},
+                )
                 continue
             write_sparse_checkpoint(model_config(model, args.layers), folder / model / "checkpoint")
             for values in compare_exports(

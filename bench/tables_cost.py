@@ -14,7 +14,7 @@ def make_exports(records: Sequence[Record]) -> Table | None:
         return None
     rows = tuple(
         (
-            r["model"] + ("" if r["layers"] == "all" else f", {r['layers']} layers"),
+            _sized(r),
             r["tool"],
             "all" if len(r["budgets"]) == 5 else " ".join(r["budgets"]),
             f"{r['seconds']:.0f}",
@@ -30,13 +30,13 @@ def make_exports(records: Sequence[Record]) -> Table | None:
 
 
 def make_export_parity(records: Sequence[Record]) -> Table | None:
-    found = of_kind(records, "export-parity", "model")
+    found = of_kind(records, "export-parity", "model", "layers")
     if not found:
         return None
     kinds = ("text", "image", "image + text")
     rows = tuple(
         (
-            r["model"],
+            _sized(r),
             f"{r['weight_bytes'] / 1e9:.1f}",
             *(f"{r['max_abs'][kind]:.1e}" for kind in kinds),
             f"{r['top10_overlap']:.3f}",
@@ -52,3 +52,8 @@ def make_export_parity(records: Sequence[Record]) -> Table | None:
     )
     worst = (f"worst error, {kind}" for kind in kinds)
     return Table(("model", "GB of weights", *worst, "top-10 overlap", "peak anonymous MiB", "minutes"), rows, note)
+
+
+def _sized(record: Record) -> str:
+    """The model, with its decoder layers where it has fewer than its size."""
+    return record["model"] + ("" if record["layers"] == "all" else f", {record['layers']} layers")

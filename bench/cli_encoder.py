@@ -13,7 +13,9 @@ from metaembed.runtime.errors import BundleError, UsageError
 from .rehearsal_sizes import add_rehearse
 
 INT8 = "bundle int8"
-SAME = 1e-3  # float32 contestants agree to 1e-6; only another model's weights differ by more
+# Contestants agree to 1e-6 in float32 and to 3e-3 in half of its bits; only another model's weights differ by more.
+SAME = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}
+TORCH_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="DIR", help="what it was exported from, for PyTorch (default: the demo)"
     )
     add_rehearse(parser, "random weights of a geometry instead, and their INT8 bundle")
+    parser.add_argument(
+        "--precision", choices=SAME, default="fp32", help="of --rehearse; a bundle has its own (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gpu", action="store_true", help="everything on this machine's NVIDIA GPU, in the bundle's precision"
+    )
     parser.add_argument("--int8", type=Path, metavar="BUNDLE", help="its quantised bundle, one more contestant")
     parser.add_argument(
         "--skip", action="append", default=[], metavar="NAME", help="leave a contestant out; repeatable"
@@ -34,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
+    from metaembed.runtime.manifest import Bundle
+
     from .encoder import CASES, race
     from .records import append_records, make_record
 
@@ -45,28 +55,42 @@ def work(args: argparse.Namespace) -> None:
     with _models(args) as (bundle, checkpoint, int8, model):
         contestants = [one for one in line_up(args, bundle, checkpoint, int8) if one.name not in args.skip]
         note = (lambda text: None) if args.quiet else (lambda text: print(f"{text} ...", file=sys.stderr))
+        precision = Bundle.open(bundle, verify=False).manifest.precision
+        common = {"model": model, "precision": precision, **({"device": "gpu"} if args.gpu else {})}
         for measured in race(contestants, cases, rounds=args.rounds, warmup=args.warmup, note=note):
             print_race(measured)
-            check_same(measured)
+            check_same(measured, SAME[precision])
             if args.output:
-                records = [make_record("encoder", {"model": model, **values}, bundle) for values in measured]
+                records = [make_record("encoder", {**common, **values}, bundle) for values in measured]
                 append_records(args.output, records)
-    print("TensorRT against PyTorch bf16: skipped; it needs an NVIDIA GPU")
+    if not args.gpu:
+        print("on a GPU, against PyTorch in the bundle's precision: not run; --gpu asks for it")
 
 
-def check_same(measured: list[dict]) -> None:
+def check_same(measured: list[dict], most: float = SAME["fp32"]) -> None:
     """Raise BundleError when a contestant that should agree with the bundle does not: they would not do the same work."""
-    if any(values.get("max_abs_difference", 0) > SAME for values in measured if values["contestant"] != INT8):
+    if any(values.get("max_abs_difference", 0) > most for values in measured if values["contestant"] != INT8):
         raise BundleError("the contestants' vectors differ: --checkpoint is not what the bundle was exported from")
 
 
 def line_up(args: argparse.Namespace, bundle: Path, checkpoint: Path, int8: Path | None) -> list:
     """Our bundle first: the others' vectors are compared with its own."""
+    from metaembed.runtime.manifest import Bundle
+
     from .contestants import build_bundle
     from .contestants_torch import build_hf
     from .encoder import Contestant
 
     hf = {"checkpoint": checkpoint, "bundle": bundle, "threads": args.threads}
+    if args.gpu:
+        precision = Bundle.open(bundle, verify=False).manifest.precision
+        hf |= {"device": "cuda", "dtype": TORCH_TYPES[precision]}
+        return [
+            Contestant(f"bundle {precision}", build_bundle, {"folder": bundle, "threads": args.threads, "gpu": True}),
+            Contestant("HF SDPA", build_hf, hf),
+            Contestant("HF SDPA, 80 rows", build_hf, hf | {"all_rows": True}),
+            Contestant("torch.compile", build_hf, hf | {"compiled": True}),
+        ]
     contestants = [
         Contestant("bundle fp32", build_bundle, {"folder": bundle, "threads": args.threads}),
         Contestant("HF eager", build_hf, hf),
@@ -87,7 +111,8 @@ def print_race(measured: list[dict]) -> None:
             continue
         print(
             f"{head} {values['median_ms']:>9.2f} ms  p95 {values['p95_ms']:>9.2f}  {values['peak_rss_mib']:>8,.0f} MiB"
-            f"  differs by {values['max_abs_difference']:.1e}"
+            + (f"  {values['gpu_mib']:>8,.0f} MiB on the GPU" if "gpu_mib" in values else "")
+            + f"  differs by {values['max_abs_difference']:.1e}"
         )
 
 
@@ -99,6 +124,10 @@ def _models(args: argparse.Namespace):
 
     if (args.rehearse is None) == (args.bundle is None):
         raise UsageError("name a bundle, or ask for --rehearse")
+    if args.gpu and (args.int8 or args.threads):
+        raise UsageError("--gpu has no INT8 contestant and no CPU threads; leave --int8 and --threads out")
+    if not args.rehearse and args.precision != "fp32":
+        raise UsageError("--precision is of --rehearse; a bundle has its own")
     if args.rehearse and args.int8:
         raise UsageError("--rehearse makes its own INT8 bundle; leave it out with --skip 'bundle int8'")
     if not args.rehearse:
@@ -113,6 +142,10 @@ def _models(args: argparse.Namespace):
     from .rehearsal import quantise_rehearsal, write_rehearsal
 
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as work:
-        bundle, checkpoint = write_rehearsal(Path(work), args.rehearse)
-        int8 = None if INT8 in args.skip else quantise_rehearsal(bundle, Path(work, "int8"), args.threads, quiet=True)
+        bundle, checkpoint = write_rehearsal(Path(work), args.rehearse, args.precision)
+        int8 = (
+            None
+            if INT8 in args.skip or args.gpu
+            else quantise_rehearsal(bundle, Path(work, "int8"), args.threads, quiet=True)
+        )
         yield bundle, checkpoint, int8, args.rehearse

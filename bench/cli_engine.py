@@ -1,4 +1,5 @@
-"""``metaembed-bench engine``: latency of a bundle's TensorRT engines on this GPU: every budget and side, and scoring."""
+"""``metaembed-bench engine``: latency of a bundle on this GPU, on its TensorRT engines or in ONNX Runtime: every budget and
+side, and scoring."""
 
 from __future__ import annotations
 
@@ -7,50 +8,70 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from metaembed.export.route import device_here
 from metaembed.runtime import layout
 from metaembed.runtime.cost import language_flops, scoring_flops, vision_flops, weight_bytes_read
 from metaembed.runtime.devices import Device
 from metaembed.runtime.errors import MetaEmbedError, UsageError
-from metaembed.runtime.graph_maxsim import Scorer
+from metaembed.runtime.gpu_kernel import KernelScorer
+from metaembed.runtime.graph_maxsim import QUERIES, Scorer
 from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Bundle
 from metaembed.runtime.maxsim import maxsim
-from metaembed.runtime.session import Session
-from metaembed.runtime.session_trt import open_trt_sessions
+from metaembed.runtime.open_sessions import open_sessions
+from metaembed.runtime.session import DeviceSession, Session
+from metaembed.runtime.session_trt import TrtSession, open_trt_sessions
+
+from .timing import time_interleaved
 
 WARM_UP, RUNS = 5, 50
 TEXT_TOKENS = 32
-CANDIDATE_BYTES = 1 << 30
+CANDIDATE_MIB = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, help="a bundle with engines for this GPU (metaembed-build)")
+    parser.add_argument(
+        "bundle", type=Path, help="a bundle; its engines for this GPU (metaembed-build) come before ONNX Runtime"
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="items at once (default: 1)")
     parser.add_argument("--cuda-graphs", action="store_true", help="replay recorded CUDA graphs where shapes repeat")
+    parser.add_argument("--runs", type=int, default=RUNS, metavar="N", help="timed runs of each (default: %(default)s)")
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=CANDIDATE_MIB,
+        metavar="MIB",
+        help="of candidates to score (default: %(default)s)",
+    )
     parser.add_argument("-o", "--output", type=Path, help="append the records to this JSONL file")
 
 
 def work(args: argparse.Namespace) -> int:
+    if min(args.batch, args.runs, args.candidates) < 1:
+        raise UsageError("--batch, --runs and --candidates are at least 1")
     bundle = Bundle.open(args.bundle)
-    sessions = open_trt_sessions(bundle, (VISION, LANGUAGE), cuda_graphs=args.cuda_graphs)
-    if sessions is None:
-        raise MetaEmbedError(f"there is no engine for a GPU here; on the device: metaembed-build {args.bundle}")
     with ExitStack() as stack:
-        for session in sessions:
-            stack.callback(session.close)
+        sessions = _open_on_gpu(bundle, args.cuda_graphs, stack)
         scorer = stack.enter_context(Scorer.open(bundle))
+        graph = None
+        if isinstance(scorer, KernelScorer):
+            graph = stack.enter_context(Scorer(*open_sessions(bundle, (SCORER,))))
         device = _device_here()
-        encoded = measure_engines(bundle, *sessions, device=device, batch=args.batch)
+        encoded = measure_engines(bundle, *sessions, device=device, batch=args.batch, runs=args.runs)
         measured = chain(
             (record | {"cuda_graphs": args.cuda_graphs} for record in encoded),
-            measure_scorer(bundle, scorer, device=device),
+            measure_scorer(
+                bundle, scorer, graph=graph, device=device, candidate_bytes=args.candidates << 20, runs=args.runs
+            ),
         )
         for record in measured:
             print(json.dumps(record))
@@ -58,6 +79,26 @@ def work(args: argparse.Namespace) -> int:
                 with args.output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
     return 0
+
+
+def _open_on_gpu(bundle: Bundle, cuda_graphs: bool, stack: ExitStack) -> tuple[Session, Session]:
+    """Vision and language, on engines or on ONNX Runtime's provider for NVIDIA; the stack closes them."""
+    graphs = (VISION, LANGUAGE)
+    vision, language = (cuda_graphs and open_trt_sessions(bundle, graphs, cuda_graphs=True)) or open_sessions(
+        bundle, graphs
+    )
+    for session in (vision, language):
+        stack.callback(session.close)
+    if cuda_graphs and not isinstance(language, TrtSession):
+        raise MetaEmbedError(
+            f"--cuda-graphs records engines, and there is none here; build with: metaembed-build {bundle.folder}"
+        )
+    if not isinstance(language, DeviceSession):
+        raise MetaEmbedError(
+            f"nothing runs on a GPU here ({language.description}); on the device: metaembed-build {bundle.folder}, or install "
+            "onnxruntime-gpu"
+        )
+    return vision, language
 
 
 def measure_engines(
@@ -103,44 +144,75 @@ def measure_scorer(
     bundle: Bundle,
     scorer: Scorer,
     *,
+    graph: Scorer | None = None,
     device: Device | None = None,
-    candidate_bytes: int = CANDIDATE_BYTES,
+    candidate_bytes: int = CANDIDATE_MIB << 20,
     runs: int = RUNS,
 ) -> Iterator[dict[str, Any]]:
-    """One query against as many candidates as fill ``candidate_bytes``, a record for each budget and place of theirs.
+    """Queries against as many candidates as fill ``candidate_bytes``, a record for each budget and place of theirs.
 
-    ``device``: they stay on the GPU, as ``Index.place`` keeps them; ``host``: they are copied over every time; ``cpu``:
-    MaxSim on the processor. ``gb_s`` is the candidates' bytes over the median. ``limit_ms`` is the GPU's, candidates there.
+    One query, and a batch of 32. ``device``: candidates stay on the GPU, as ``Index.place`` keeps them; ``graph``: so too,
+    scored by ``graph``, the bundle's scorer graph where ``scorer`` is another; ``host``: they are copied over every time;
+    ``cpu``: MaxSim on the processor; ``torch``: PyTorch's, candidates on the GPU, where it is installed with CUDA. ``gb_s``
+    is the candidates' bytes over the median. ``limit_ms`` is the GPU's, candidates there.
     """
     dim, rng = bundle.manifest.geometry.dim, np.random.default_rng(0)
+    scorers = {"device": scorer} | ({} if graph is None else {"graph": graph})
     for budget in bundle.manifest.budgets:
         items = max(1, candidate_bytes // (budget.candidate * dim * scorer.dtype.itemsize))
-        query = rng.standard_normal((1, budget.query, dim), np.float32)
         values = rng.standard_normal((items, budget.candidate, dim), np.float32).astype(scorer.dtype)
-        placed = scorer.place(values.__getitem__, values.shape)
-        try:
-            ways = {
-                "device": lambda query=query, placed=placed: scorer.scores(query, placed),
-                "host": lambda query=query, values=values: scorer.scores(query, values),
-                "cpu": lambda query=query, values=values: maxsim(query, values),
-            }
-            for place, run in ways.items():
-                times = time_runs(run, runs)
-                rate = {"gb_s": round(values.nbytes / times["p50_ms"] / 1e6, 3)}
-                common = {"budget": str(budget), "items": items, "candidates": place, "runs_on": scorer.description}
-                flops = scoring_flops(bundle.manifest.geometry, budget, items)
-                limit = _limit(device, bundle.manifest.precision, flops, values.nbytes) if place == "device" else {}
-                yield {
-                    "graph": SCORER,
-                    "model": bundle.manifest.model,
-                    **common,
-                    "runs": runs,
-                    **times,
-                    **rate,
-                    **limit,
-                }
-        finally:
-            placed.free()
+        with ExitStack() as stack:
+            held = [(name, one, one.place(values.__getitem__, values.shape)) for name, one in scorers.items()]
+            for _, _, placed in held:
+                stack.callback(placed.free)
+            for count in (1, QUERIES):
+                query = rng.standard_normal((count, budget.query, dim), np.float32)
+                ways: dict[str, Callable[[], object]] = {
+                    name: partial(one.scores, query, placed) for name, one, placed in held
+                } | torch_maxsim(query, values)
+                here = {"host": partial(scorer.scores, query, values), "cpu": partial(maxsim, query, values)}
+                timed = time_interleaved(ways | (here if count == 1 else {}), rounds=runs, warmup=WARM_UP)
+                flops = count * scoring_flops(bundle.manifest.geometry, budget, items)
+                for place, times in timed.items():
+                    yield {
+                        "graph": SCORER,
+                        "model": bundle.manifest.model,
+                        "budget": str(budget),
+                        "queries": count,
+                        "items": items,
+                        "candidates": place,
+                        "runs_on": scorers.get(place, scorer).description,
+                        "runs": runs,
+                        "p50_ms": times.median_ms,
+                        "p95_ms": times.p95_ms,
+                        "gb_s": round(values.nbytes / times.median_ms / 1e6, 3),
+                        **(_limit(device, bundle.manifest.precision, flops, values.nbytes) if place in ways else {}),
+                    }
+
+
+def torch_maxsim(queries: NDArray[Any], values: NDArray[Any]) -> dict[str, Callable[[], object]]:
+    """The competitor, what a person would write: one flat product, maximum, sum. Products in the candidates' type, as PyTorch
+    gives them, and in float32, as ours are."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    if not torch.cuda.is_available():
+        return {}
+    bits = values.view(np.int16) if values.dtype == ml_dtypes.bfloat16 else values
+    held = torch.from_numpy(bits).cuda()
+    held = held.view(torch.bfloat16) if bits is not values else held
+    (items, r_c, dim), (count, r_q, _) = values.shape, queries.shape
+
+    def run(**options: Any) -> object:
+        asked = torch.from_numpy(queries).cuda().to(held.dtype).view(-1, dim)
+        products = torch.mm(held.view(-1, dim), asked.T, **options).view(items, r_c, count, r_q)
+        return products.amax(1).float().sum(-1).T.cpu().numpy()
+
+    ways: dict[str, Callable[[], object]] = {"torch": run}
+    if held.dtype != torch.float32:
+        ways["torch, float32 products"] = lambda: run(out_dtype=torch.float32)
+    return ways
 
 
 def _limit(device: Device | None, kind: str, flops: int, nbytes: int) -> dict[str, Any]:

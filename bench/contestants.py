@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from metaembed.runtime import layout
+from metaembed.runtime.errors import MetaEmbedError
 from metaembed.runtime.images import patchify
 from metaembed.runtime.manifest import LANGUAGE, PROCESSOR, TOKENIZER, VISION, Bundle
 from metaembed.runtime.open_sessions import open_sessions
 from metaembed.runtime.processor import read_image_rules
+from metaembed.runtime.session import DeviceSession
 from metaembed.runtime.text import Template, Tokenizer
 
 from .encoder import Case, Runner
@@ -37,11 +39,13 @@ def prepare_input(bundle: Bundle, case: Case) -> Prepared:
     return Prepared(tokenizer.prompt_ids(case.text, patches.tokens, case.side, limit), patches.pixels, patches.grid[1:])
 
 
-def build_bundle(folder: Path, threads: int) -> Callable[[Case], Runner]:
-    """The product: host layout and both graphs."""
+def build_bundle(folder: Path, threads: int, gpu: bool = False) -> Callable[[Case], Runner]:
+    """The product: host layout and both graphs. ``gpu``: nothing but a GPU will do."""
     bundle = Bundle.open(folder, verify=False)
     geometry = bundle.manifest.geometry
     vision, language = open_sessions(bundle, (VISION, LANGUAGE), threads=threads)
+    if gpu and not isinstance(language, DeviceSession):
+        raise MetaEmbedError(f"the bundle got no GPU: {language.description}")
     image_token = Tokenizer(bundle.path(TOKENIZER), Template.from_json(bundle.manifest.template)).image_id
     nothing = np.zeros((1, 1, geometry.text.hidden), language.inputs["image_embeddings"])
 

@@ -16,7 +16,7 @@ from metaembed.runtime.errors import MetaEmbedError
 from metaembed.runtime.text import Side
 
 from .records import Record
-from .timing import peak_rss_mib, summarise
+from .timing import gpu_memory_mib, peak_rss_mib, summarise
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _race_case(running: Mapping[str, Connection], case: Case, rounds: int, warmu
         | timed[name].to_json()
         | {
             "max_abs_difference": float(np.abs(vectors - reference).max()),
-            "peak_rss_mib": round(_ask(running[name], "memory"), 1),
+            **_ask(running[name], "memory"),
         }
         for name, vectors in ready.items()
     ]
@@ -147,7 +147,8 @@ def _serve(connection: Connection, contestant: Contestant) -> None:
         except EOFError:
             return
         if asked == "memory":
-            connection.send(peak_rss_mib())
+            held = gpu_memory_mib()
+            connection.send({"peak_rss_mib": round(peak_rss_mib(), 1), **({"gpu_mib": held} if held else {})})
         elif asked == "run":
             assert run is not None
             start = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from metaembed.export.bundle import ExportRequest, export_bundle
@@ -27,15 +28,17 @@ def rehearsal_config(geometry: str = DEFAULT) -> Config:
     }
 
 
-def write_rehearsal(folder: Path, geometry: str = DEFAULT) -> tuple[Path, Path]:
-    """A checkpoint of random float32 weights and its bundle; returns (bundle, checkpoint)."""
+def write_rehearsal(
+    folder: Path, geometry: str = DEFAULT, precision: str = "fp32", budgets: Sequence[Budget] = (Budget(8, 16),)
+) -> tuple[Path, Path]:
+    """A checkpoint of random weights in one precision and its bundle in the same; returns (bundle, checkpoint)."""
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
     config = rehearsal_config(geometry)
-    write_random_checkpoint(config, SEED, checkpoint, dtype="fp32")
+    write_random_checkpoint(config, SEED, checkpoint, dtype=precision)
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         (checkpoint / name).write_bytes((DEMO_FOLDER / name).read_bytes())
     model = ResolvedModel(geometry, config, base=checkpoint)
-    export_bundle(ExportRequest(model=model, budgets=[Budget(8, 16)], parity=False), bundle)
+    export_bundle(ExportRequest(model=model, budgets=budgets, precision=precision, parity=False), bundle)
     return bundle, checkpoint
 
 

@@ -32,6 +32,12 @@ GEOMETRIES: dict[str, tuple[Config, Config]] = {
         _sizes(2048, 11008, 9, 16, 2, [16, 24, 24]),
         {"hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "depth": 8, "fullatt_block_indexes": [7]},
     ),
+    # All of it, but for its table of 151,936 words.
+    "3b": (
+        _sizes(2048, 11008, 36, 16, 2, [16, 24, 24]),
+        {"hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "depth": 32,
+         "fullatt_block_indexes": [7, 15, 23, 31]},
+    ),
 }  # fmt: skip
 DEFAULT = next(iter(GEOMETRIES))
 
@@ -44,5 +50,5 @@ def add_rehearse(parser: argparse.ArgumentParser, what: str) -> None:
         const=DEFAULT,
         choices=GEOMETRIES,
         metavar="GEOMETRY",
-        help=f"{what}: {' or '.join(GEOMETRIES)} (default: {DEFAULT})",
+        help=f"{what}: {', '.join(GEOMETRIES)} (default: {DEFAULT})",
     )

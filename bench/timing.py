@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -78,6 +80,18 @@ def peak_rss_mib() -> float:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def gpu_memory_mib() -> float | None:
+    """What this process holds on NVIDIA GPUs, in MiB, as their driver counts it; None where nothing can be told."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [line.split(",") for line in answer.splitlines()]
+    held = [float(used) for pid, used in rows if pid.strip() == str(os.getpid()) and used.strip().isdigit()]
+    return sum(held) or None
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -18,7 +18,8 @@ from .errors import MetaEmbedError
 
 log = logging.getLogger(__name__)
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
-_MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute
+_MAJOR, _MINOR, _INTEGRATED, _SHARED_OPTIN = 75, 76, 18, 97  # CUdevice_attribute
+_DYNAMIC_SHARED = 8  # CUfunction_attribute
 _NON_BLOCKING, _THREAD_LOCAL = 1, 1  # CUstream_flags, CUstreamCaptureMode
 _pointer, _size = ctypes.c_void_p, ctypes.c_size_t
 
@@ -46,6 +47,11 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuGraphLaunch": (_pointer, _pointer),
     "cuGraphExecDestroy": (_pointer,),
     "cuGraphDestroy": (_pointer,),
+    "cuModuleLoadData": (_pointer, ctypes.c_char_p),
+    "cuModuleGetFunction": (_pointer, _pointer, ctypes.c_char_p),
+    "cuModuleUnload": (_pointer,),
+    "cuFuncSetAttribute": (_pointer, ctypes.c_int, ctypes.c_int),
+    "cuLaunchKernel": (_pointer, *[ctypes.c_uint] * 7, _pointer, _pointer, _pointer),
     "cuGetErrorString": (ctypes.c_int, _pointer),
 }
 
@@ -96,6 +102,11 @@ class Cuda:
         self._call("cuDeviceTotalMem_v2", ctypes.byref(total), self._device)
         return total.value
 
+    @property
+    def shared_bytes(self) -> int:
+        """The most shared memory that a block can be given."""
+        return self._attribute(_SHARED_OPTIN)
+
     def use(self) -> None:
         """Make the context current for the calling thread: a session may be run from another than opened it."""
         self._context = self._context or self._new("cuDevicePrimaryCtxRetain", self._device)
@@ -140,6 +151,26 @@ class Cuda:
             return self._new("cuGraphInstantiateWithFlags", graph, 0)
         finally:
             self._call("cuGraphDestroy", graph)
+
+    def load_module(self, ptx: bytes) -> int:
+        """Compile PTX for this GPU, or find it in the driver's cache."""
+        return self._new("cuModuleLoadData", ptx)
+
+    def unload_module(self, module: int) -> None:
+        self._call("cuModuleUnload", module)
+
+    def find_kernel(self, module: int, name: str, shared_bytes: int) -> int:
+        """A kernel of a module, which may then be given so much shared memory a block."""
+        kernel = self._new("cuModuleGetFunction", module, name.encode())
+        self._call("cuFuncSetAttribute", kernel, _DYNAMIC_SHARED, shared_bytes)
+        return kernel
+
+    def run_kernel(
+        self, kernel: int, grid: tuple[int, int], threads: int, shared_bytes: int, stream: int, *arguments: Any
+    ) -> None:
+        """Enqueue a kernel; ``arguments`` are ctypes values, copied before this returns."""
+        places = (ctypes.c_void_p * len(arguments))(*[ctypes.addressof(value) for value in arguments])
+        self._call("cuLaunchKernel", kernel, *grid, 1, threads, 1, 1, shared_bytes, stream, places, None)
 
     def launch(self, graph: int, stream: int) -> None:
         self._call("cuGraphLaunch", graph, stream)

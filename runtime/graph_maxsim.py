@@ -39,7 +39,8 @@ class Placed:
 
 
 class Scorer:
-    """A bundle's scorer graph, on its TensorRT engine for this GPU if there is one, else in ONNX Runtime.
+    """MaxSim on the device that serves a bundle: our kernel on a GPU (bf16 and fp16), else the bundle's scorer graph, on its
+    TensorRT engine for this GPU if there is one, else in ONNX Runtime.
 
     A context manager: leaving it frees the session.
     """
@@ -50,9 +51,12 @@ class Scorer:
     @classmethod
     def open(cls, bundle: Bundle) -> Scorer:
         """The best session here. A BundleError where the bundle is older than the scorer graph."""
+        from .gpu_kernel import open_kernel
         from .open_sessions import open_sessions
 
         bundle.path(SCORER)
+        if kernel := open_kernel(bundle):
+            return kernel
         (session,) = open_sessions(bundle, (SCORER,))
         return cls(session)
 
@@ -82,9 +86,7 @@ class Scorer:
             UsageError: what scores here has no memory of its own.
         """
         if not isinstance(self._session, DeviceSession):
-            raise UsageError(
-                f"{self.description} reads candidates from host memory; only a TensorRT engine on a GPU keeps them"
-            )
+            raise UsageError(f"{self.description} reads candidates from host memory; only a GPU keeps them")
         items, r_c, dim = shape
         step = _step(self._session, QUERIES, QUERY_VECTORS, r_c, dim, MEMORY_BYTES)
         placed = Placed([], shape)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Container, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+from .cuda import find_gpu
 from .errors import BundleError, MetaEmbedError
-from .manifest import SCORER, Bundle, cpu_graph
+from .manifest import SCORER, VISION, Bundle, cpu_graph
 from .memory import available_memory
 from .providers import CPU, TENSORRT, Attempt, plan_attempts, provider_options
 from .session import Session
@@ -81,6 +83,7 @@ def _try(bundle: Bundle, graphs: Sequence[str], attempt: Attempt, threads: int) 
 
 def _open(bundle: Bundle, graphs: Sequence[str], attempt: Attempt, threads: int) -> Sequence[OrtSession]:
     from .session_ort import OrtSession
+    from .session_ort_gpu import OrtGpuSession
 
     manifest = bundle.manifest
     files = manifest.files
@@ -93,8 +96,9 @@ def _open(bundle: Bundle, graphs: Sequence[str], attempt: Attempt, threads: int)
     if TENSORRT in attempt.providers:  # has no option for it, and builds with TensorFloat-32 unless this says no
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     cache = user_cache("onnxruntime", manifest.fingerprint[:16]) if TENSORRT in attempt.providers else None
+    gpu = None if on_cpu else find_gpu()  # None too where a build of ONNX Runtime names providers and no GPU is here
     return [
-        OrtSession(
+        (OrtSession if gpu is None else partial(OrtGpuSession, gpu=gpu, keep_on_device=graph == VISION))(
             bundle.path(_runnable(graph, files, attempt)),
             providers={name: provider_options(name, manifest, graph, cache) for name in attempt.providers},
             threads=threads,

@@ -61,7 +61,8 @@ def plan_attempts(available: Sequence[str], precision: str, graphs: Sequence[str
 def provider_options(name: str, manifest: Manifest, graph: str, cache: Path | None) -> Options:
     """Options of one provider for one graph; ``cache`` keeps the engines that ONNX Runtime builds."""
     if name == CUDA:
-        return {"use_tf32": "0"}  # float32 is float32: TensorFloat-32 has 10 bits
+        # Float32 is float32: TensorFloat-32 has 10 bits. Memory grows by what is asked for, not to the next power of two.
+        return {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
     return tensorrt_options(manifest, graph, cache) if name == TENSORRT else {}
 
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from .cpu import has_vnni
 from .errors import BundleError, MetaEmbedError, UsageError
 from .providers import CPU
-from .session import Arrays
 
 log = logging.getLogger(__name__)
 BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: numpy has no such type, so its bits travel as an OrtValue
@@ -94,7 +93,7 @@ class OrtSession:
     def inputs(self) -> Mapping[str, np.dtype[Any]]:
         return self._inputs
 
-    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         if self._session is None:
             raise UsageError("this session is closed")
         try:
@@ -105,25 +104,35 @@ class OrtSession:
             raise MetaEmbedError(f"ONNX Runtime failed while running: {_first_line(error)}") from error
         return dict(zip(self._outputs, outputs, strict=True))
 
-    def _run_bound(self, feeds: Arrays) -> list[NDArray[Any]]:
+    def _run_bound(self, feeds: Mapping[str, Any]) -> list[Any]:
         """Through OrtValues, which also hold bf16; ONNX Runtime copies to and from the GPU where there is one."""
-        values = {name: self._value(name, np.ascontiguousarray(array)) for name, array in feeds.items()}
         binding = self._session.io_binding()
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
+        held = [self._bind_input(binding, name, value) for name, value in feeds.items()]
         for name in self._outputs:
-            binding.bind_output(name, "cpu")
+            self._bind_output(binding, name)
         binding.synchronize_inputs()
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
-        return [_array(value) for value in binding.get_outputs()]
+        del held  # what the inputs are read from
+        return [self._output(value) for value in binding.get_outputs()]
 
-    def _value(self, name: str, array: NDArray[Any]) -> Any:
-        if array.dtype != self._inputs.get(name, array.dtype):
-            raise UsageError(f"{name} has type {array.dtype}, and the graph takes {self._inputs[name]}")
+    def _bind_input(self, binding: Any, name: str, value: Any) -> object:
+        """Name an input's memory to ONNX Runtime; what comes back must outlive the run."""
+        if value.dtype != self._inputs.get(name, value.dtype):
+            raise UsageError(f"{name} has type {value.dtype}, and the graph takes {self._inputs[name]}")
+        array = np.ascontiguousarray(value)
         if array.dtype != ml_dtypes.bfloat16:
-            return ort.OrtValue.ortvalue_from_numpy(array)
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), BFLOAT16)
+            held = ort.OrtValue.ortvalue_from_numpy(array)
+        else:
+            held = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), BFLOAT16)
+        binding.bind_ortvalue_input(name, held)
+        return array, held
+
+    def _bind_output(self, binding: Any, name: str) -> None:
+        binding.bind_output(name, "cpu")
+
+    def _output(self, value: Any) -> Any:
+        return _array(value)
 
     def close(self) -> None:
         self._session = None

@@ -60,10 +60,10 @@ def test_scoring_is_measured_for_every_budget_and_place_and_leaves_nothing_on_th
     engine = fake.FakeEngine(gpu, bundle.path(SCORER), profiles)
     with Scorer(TrtSession([engine], gpu=gpu, stream=SharedStream(gpu), label="fake")) as scorer:
         records = list(measure_scorer(bundle, scorer, device=find_device("a100"), candidate_bytes=1 << 20, runs=1))
-    assert [(r["budget"], r["items"], r["candidates"]) for r in records] == [
-        (budget, items, place)
+    assert [(r["budget"], r["items"], r["queries"], r["candidates"]) for r in records] == [
+        (budget, items, queries, place)
         for budget, items in (("1,1", 2048), ("2,4", 512), ("4,8", 256), ("8,16", 128), ("16,64", 32))
-        for place in ("device", "host", "cpu")
+        for queries, place in ((1, "device"), (1, "host"), (1, "cpu"), (32, "device"))
     ]
     assert all(record["gb_s"] > 0 for record in records)
     # At (1,1), 1 MiB at 2,039 GB/s; its 524,288 operations at 19.5 TFLOPS take less.

@@ -1,0 +1,192 @@
+"""MaxSim as a kernel of our own on NVIDIA GPUs, through the driver alone: neither TensorRT nor ONNX Runtime is needed for it.
+
+The scorer graph widens its candidates and stores every dot product; the kernel reads each candidate once and stores scores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from .cuda import CudaError, find_gpu
+from .device_buffers import Buffer, DeviceArray, place
+from .errors import UsageError
+from .graph_maxsim import MEMORY_BYTES, QUERIES, Placed, Scorer
+from .manifest import Bundle
+
+log = logging.getLogger(__name__)
+PTX = Path(__file__).with_name("_maxsim.ptx")  # of _maxsim.cu, whose constants these are
+ROWS, BLOCK, WARPS, WARP_SLOTS = 16, 32, 8, 32
+KERNELS = {np.dtype(ml_dtypes.bfloat16): "maxsim_bf16", np.dtype(np.float16): "maxsim_fp16"}
+TYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}
+MOST_BLOCKS = 65535  # of a grid, in y
+FIRST_CAPABILITY = (8, 0)
+
+
+class KernelScorer(Scorer):
+    """MaxSim on a GPU in bf16 or fp16, with float32 sums; a context manager like any scorer.
+
+    Args:
+        gpu: of compute capability 8.0 or later.
+        dtype: what vectors are converted to.
+
+    Raises:
+        CudaError: the driver does not take the kernel.
+    """
+
+    def __init__(self, gpu: Any, dtype: np.dtype[Any]) -> None:
+        self._gpu, self._dtype = gpu, dtype
+        gpu.use()
+        self._module = gpu.load_module(PTX.read_bytes())
+        self._most_shared = gpu.shared_bytes
+        self._kernel = gpu.find_kernel(self._module, KERNELS[dtype], self._most_shared)
+        self._stream = gpu.create_stream()
+        self._queries, self._candidates, self._scores = Buffer(gpu), Buffer(gpu), Buffer(gpu)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._dtype
+
+    @property
+    def description(self) -> str:
+        return f"MaxSim kernel ({self._gpu.name})"
+
+    def scores(
+        self, queries: NDArray[Any], candidates: NDArray[Any] | Placed, *, memory_bytes: int = MEMORY_BYTES
+    ) -> NDArray[np.float32]:
+        """Scores (q, n) in float32 of queries (q, r_q, d) against candidates (n, r_c, d); higher is better.
+
+        Raises:
+            UsageError: dims differ, or are no multiple of 32; not one candidate fits the memory.
+        """
+        (count, r_q, dim), (items, r_c, dims) = queries.shape, candidates.shape
+        if dim != dims or dim % BLOCK or not min(r_q, r_c):
+            raise UsageError(f"this scorer takes vectors of one length, a multiple of {BLOCK}, not {dim} and {dims}")
+        result = np.empty((count, items), np.float32)
+        if not result.size:
+            return result
+        self._gpu.use()
+        for first in range(0, count, QUERIES):
+            packed = pack_queries(np.asarray(queries[first : first + QUERIES], self._dtype))
+            tiles = len(packed)
+            self._queries.reserve(packed.nbytes)
+            self._queries.upload(packed, self._stream)
+            self._scores.reserve(4 * tiles * items)
+            start = 0
+            for piece in self._pieces(candidates, memory_bytes):
+                self._launch(piece, tiles, start, items)
+                start += piece.shape[0]
+            got = self._scores.download((tiles, items), np.dtype(np.float32), self._stream)
+            self._gpu.synchronise(self._stream)
+            result[first : first + QUERIES] = got.reshape(-1, -(-r_q // ROWS), items).sum(1)
+        return result
+
+    def place(self, read: Callable[[slice], NDArray[Any]], shape: tuple[int, int, int]) -> Placed:
+        """Copy candidates to the GPU; see ``Scorer.place``."""
+        placed = Placed([], shape)
+        self._gpu.use()
+        try:
+            for rows in self._chunks(shape, MEMORY_BYTES):
+                piece = np.ascontiguousarray(read(rows), self._dtype)
+                placed.pieces.append(place(self._gpu, piece, self._stream))
+        except BaseException:
+            placed.free()
+            raise
+        return placed
+
+    def close(self) -> None:
+        if self._module:
+            self._gpu.use()
+            self._gpu.synchronise(self._stream)
+            for buffer in (self._queries, self._candidates, self._scores):
+                buffer.free()
+            self._gpu.destroy_stream(self._stream)
+            self._gpu.unload_module(self._module)
+        self._module = 0
+
+    def _pieces(self, candidates: NDArray[Any] | Placed, memory_bytes: int) -> Iterator[DeviceArray]:
+        if isinstance(candidates, Placed):
+            yield from candidates.pieces
+            return
+        for rows in self._chunks(candidates.shape, memory_bytes):
+            values = np.ascontiguousarray(candidates[rows], self._dtype)
+            self._gpu.synchronise(self._stream)  # the last chunk has been read
+            self._candidates.reserve(values.nbytes)
+            self._candidates.upload(values, self._stream)
+            yield DeviceArray(self._gpu, self._candidates, values.shape, values.dtype, self._stream)
+
+    def _chunks(self, shape: tuple[int, ...], memory_bytes: int) -> Iterator[slice]:
+        items, r_c, dim = shape
+        each = r_c * dim * self._dtype.itemsize
+        if each > memory_bytes:
+            raise UsageError(f"a candidate takes {each} bytes; {memory_bytes} are allowed")
+        step = min(memory_bytes // each, MOST_BLOCKS * WARPS * items_of_warp(slots_of(r_c)))
+        return (slice(start, min(start + step, items)) for start in range(0, items, step))
+
+    def _launch(self, piece: DeviceArray, tiles: int, start: int, stride: int) -> None:
+        piece.check()
+        items, r_c, dim = piece.shape
+        slots = slots_of(r_c)
+        blocks = -(-items // (WARPS * items_of_warp(slots)))
+        tile_bytes = ROWS * dim * self._dtype.itemsize
+        shared = tile_bytes if tile_bytes <= self._most_shared else 0
+        self._gpu.run_kernel(
+            self._kernel,
+            (tiles, blocks),
+            32 * WARPS,
+            shared,
+            self._stream,
+            ctypes.c_void_p(self._queries.address),
+            ctypes.c_void_p(piece.address),
+            ctypes.c_void_p(self._scores.address + 4 * start),
+            *map(ctypes.c_int, (items, r_c, slots, dim // BLOCK)),
+            ctypes.c_ulonglong(stride),
+            ctypes.c_int(shared > 0),
+        )
+
+
+def pack_queries(queries: NDArray[Any]) -> NDArray[np.uint16]:
+    """Queries (q, r_q, d) of 16-bit numbers in tiles of 16 vectors, each in the order in which the kernel's lanes read it.
+
+    Of a tile (16, d), row 8 h + g and dimension 32 b + 8 t + 4 s + 2 p + e go to place (b, s, g, t, p, h, e): register 2 p + h
+    of A in instruction s, at lane 4 g + t (PTX ISA, fragments of mma.m16n8k16). Rows that are lacking are zero: their largest
+    product is 0, and adds nothing.
+    """
+    count, r_q, dim = queries.shape
+    tiles = -(-r_q // ROWS)
+    filled = np.zeros((count, tiles * ROWS, dim), np.uint16)
+    filled[:, :r_q] = queries.view(np.uint16)
+    axes = filled.reshape(count * tiles, 2, 8, dim // BLOCK, 4, 2, 2, 2)  # tile, h, g, b, t, s, p, e
+    packed: NDArray[np.uint16] = np.ascontiguousarray(axes.transpose(0, 3, 5, 2, 4, 6, 1, 7))
+    return packed.reshape(count * tiles, -1)
+
+
+def slots_of(r_c: int) -> int:
+    """Columns that an item's vectors take: 1, 2, 4 or a multiple of 8."""
+    return r_c if r_c in (1, 2, 4) else -(-r_c // 8) * 8
+
+
+def items_of_warp(slots: int) -> int:
+    return WARP_SLOTS // slots if WARP_SLOTS % slots == 0 else 1
+
+
+def open_kernel(bundle: Bundle) -> KernelScorer | None:
+    """The kernel in a bundle's type; None where there is no GPU for it, or the bundle's vectors are not of its kind."""
+    manifest = bundle.manifest
+    if manifest.precision not in TYPES or manifest.geometry.dim % BLOCK:
+        return None
+    gpu = find_gpu()
+    if gpu is None or gpu.capability < FIRST_CAPABILITY:
+        return None
+    try:
+        return KernelScorer(gpu, TYPES[manifest.precision])
+    except CudaError as error:
+        log.warning("the MaxSim kernel does not start on %s (%s); scoring by the graph", gpu.name, error)
+        return None

@@ -1,0 +1,90 @@
+// Enough of CUDA to run runtime/_maxsim.cu on a CPU: a block is 256 threads of the system's, a warp's lanes meet at barriers.
+// The tensor cores' instruction follows the fragment tables of NVIDIA's PTX ISA ("Matrix Fragments for mma.m16n8k16").
+#define EMULATED
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <thread>
+#include <vector>
+
+struct uint4 { unsigned x, y, z, w; };
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+struct Dim { int x, y; };
+static thread_local Dim threadIdx;
+static Dim blockIdx;
+static uint4 held[1 << 16];
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __shared__
+#define __launch_bounds__(threads)
+
+struct Lanes {  // one warp
+    std::barrier<> meet{32};
+    unsigned words[32][6];
+    float values[32];
+};
+static std::deque<Lanes> warps(8);
+static std::barrier<> everybody(256);
+static inline Lanes &warp() { return warps[threadIdx.x / 32]; }
+static inline int lane_of() { return threadIdx.x % 32; }
+static inline void __syncthreads() { everybody.arrive_and_wait(); }
+
+static inline float __int_as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+static inline float __shfl_xor_sync(unsigned, float value, int mask) {
+    Lanes &w = warp();
+    w.values[lane_of()] = value;
+    w.meet.arrive_and_wait();
+    const float other = w.values[lane_of() ^ mask];
+    w.meet.arrive_and_wait();
+    return other;
+}
+static inline float larger(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a > b ? a : b; }
+static inline uint4 load_once(const uint4 *from) { return *from; }
+
+static inline float widen_bf16(uint16_t bits) { return __int_as_float((unsigned)bits << 16); }
+static inline float widen_fp16(uint16_t bits) { _Float16 half; std::memcpy(&half, &bits, 2); return (float)half; }
+
+// A, row-major 16 x 16: lane 4 g + t holds (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..), two of 16 bits a register.
+// B, 16 x 8: (2t.., g), (2t + 8.., g). C, 16 x 8: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+template <class Widen>
+static void multiply_emulated(float *c, uint4 a, unsigned b0, unsigned b1, Widen widen) {
+    Lanes &w = warp();
+    const unsigned mine[6] = {a.x, a.y, a.z, a.w, b0, b1};
+    std::memcpy(w.words[lane_of()], mine, sizeof mine);
+    w.meet.arrive_and_wait();
+    auto half_of = [&](int lane, int reg, int which) { return widen((uint16_t)(w.words[lane][reg] >> (16 * which))); };
+    for (int i = 0; i < 4; i++) {
+        const int row = lane_of() / 4 + 8 * (i / 2), column = 2 * (lane_of() % 4) + i % 2;
+        for (int k = 0; k < 16; k++) {
+            const int t = k % 8 / 2;
+            const float left = half_of(4 * (row % 8) + t, 2 * (k / 8) + row / 8, k % 2);
+            c[i] += left * half_of(4 * column + t, 4 + k / 8, k % 2);
+        }
+    }
+    w.meet.arrive_and_wait();
+}
+#define MULTIPLY(TYPE) multiply_emulated(c, a, b0, b1, TYPE[0] == 'b' ? widen_bf16 : widen_fp16)
+
+// Runs a grid. Lanes of a warp leave a kernel together, so their barrier stays whole; those that left a block do not meet again.
+#define EMULATE(NAME, KERNEL)                                                                                                  \
+    extern "C" void NAME(int tiles, int blocks_y, const void *queries, const void *candidates, float *scores, int items,       \
+                         int r_c, int slots, int blocks, unsigned long long stride, int shared) {                              \
+        std::vector<std::thread> threads;                                                                                      \
+        std::barrier<> turn(256);                                                                                              \
+        for (int id = 0; id < 256; id++)                                                                                       \
+            threads.emplace_back([&, id] {                                                                                     \
+                threadIdx = {id, 0};                                                                                           \
+                for (int y = 0; y < blocks_y; y++)                                                                             \
+                    for (int x = 0; x < tiles; x++) {                                                                          \
+                        if (id == 0) blockIdx = {x, y};                                                                        \
+                        turn.arrive_and_wait();                                                                                \
+                        KERNEL((const uint4 *)queries, (const uint4 *)candidates, scores, items, r_c, slots, blocks, stride,   \
+                               shared);                                                                                        \
+                        turn.arrive_and_wait();                                                                                \
+                    }                                                                                                          \
+            });                                                                                                                \
+        for (auto &thread : threads) thread.join();                                                                            \
+    }

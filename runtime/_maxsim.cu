@@ -1,7 +1,7 @@
 // MaxSim on NVIDIA GPUs: bf16 or fp16 in, products on tensor cores, float32 sums, nothing in between is ever stored.
 //
-// One query tile is 16 vectors (zeros fill it up), in shared memory in the order in which lanes read them. A warp takes 32
-// "slots" of candidate vectors at once, 4 tiles of 8, straight from global memory, 16 bytes a lane. An item has r_c
+// A query tile is 16 vectors in shared memory, in the order in which lanes read them: queries of 1, 2, 4, 8 or 16 rows (zeros
+// fill them up), so that a pass over the candidates serves as many queries as fit. A warp takes 32 "slots" of candidate vectors at once, 4 tiles of 8, straight from global memory, 16 bytes a lane. An item has r_c
 // vectors in 1, 2, 4 or a multiple of 8 slots, so that a tile never holds parts of two items that it could not tell apart.
 //
 // mma.m16n8k16: lane = 4 g + t holds A (16 x 16) at rows g and g + 8, B (16 x 8) at column g, C at rows g and g + 8,
@@ -44,27 +44,37 @@ struct Fp16 {
     static __device__ __forceinline__ void multiply(float *c, uint4 a, u32 b0, u32 b1) { MULTIPLY("f16"); }
 };
 
-__device__ __forceinline__ float sum_rows(float x) {  // over g
-    for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(~0u, x, step);
+__device__ __forceinline__ float largest(float x, int lanes) {  // over neighbouring t
+    for (int step = 1; step < lanes; step *= 2) x = larger(x, __shfl_xor_sync(~0u, x, step));
     return x;
 }
 
-// The maximum over the columns of a group, rows added; `lanes` of t share the group.
-__device__ __forceinline__ float finish(float top, float low, int lanes) {
-    for (int step = 1; step < lanes; step *= 2) {
-        top = larger(top, __shfl_xor_sync(~0u, top, step));
-        low = larger(low, __shfl_xor_sync(~0u, low, step));
-    }
-    return sum_rows(top + low);
-}
+struct Scores {
+    float *at;  // of the tile's first query and the launch's first item
+    u64 stride;
+    int queries, rows;  // from that query on; of each
 
-// queries: tiles of `blocks` * 64 uint4. candidates: (items, r_c, 32 * blocks). scores: (tiles, stride), this launch's first
+    // top and low: one item's largest products at rows g and g + 8. All lanes of a warp come here; some have the item.
+    __device__ __forceinline__ void store(float top, float low, int g, bool mine, int item) const {
+        const int above = rows < 8 ? rows : 8;
+        if (rows == 16) top += low;
+        for (int step = 1; step < above; step *= 2) {
+            top += __shfl_xor_sync(~0u, top, 4 * step);
+            low += __shfl_xor_sync(~0u, low, 4 * step);
+        }
+        if (!mine || g % above) return;
+        if (g / rows < queries) at[g / rows * stride + item] = top;
+        if (rows < 16 && (g + 8) / rows < queries) at[(g + 8) / rows * stride + item] = low;
+    }
+};
+
+// packed: tiles of `blocks` * 64 uint4. candidates: (items, r_c, 32 * blocks). scores: (queries, stride), this launch's first
 // item at 0. Grid: x counts query tiles, so that blocks that run together read the same candidates; y counts candidates.
 template <class Type>
-__device__ __forceinline__ void maxsim(const uint4 *queries, const uint4 *candidates, float *scores, int items, int r_c,
-                                       int slots, int blocks, u64 stride, int shared) {
+__device__ __forceinline__ void maxsim(const uint4 *packed, const uint4 *candidates, float *scores, int queries, int rows,
+                                       int items, int r_c, int slots, int blocks, u64 stride, int shared) {
     extern __shared__ uint4 held[];
-    const uint4 *query = queries + (u64)blockIdx.x * blocks * 64;
+    const uint4 *query = packed + (u64)blockIdx.x * blocks * 64;
     if (shared) {
         for (int i = threadIdx.x; i < blocks * 64; i += 32 * WARPS) held[i] = query[i];
         __syncthreads();
@@ -76,7 +86,8 @@ __device__ __forceinline__ void maxsim(const uint4 *queries, const uint4 *candid
     if (start >= items) return;
     const int first = (int)start, used = together * slots;
     float top = LOWEST, low = LOWEST, acc[TILES][4];
-    scores += blockIdx.x * stride;
+    const int query_of_tile = blockIdx.x * (16 / rows);
+    const Scores out = {scores + query_of_tile * stride, stride, queries - query_of_tile, rows};
 
     for (int pass = 0; pass < used; pass += TILE_SLOTS) {
         const uint4 *from[TILES];
@@ -112,9 +123,8 @@ __device__ __forceinline__ void maxsim(const uint4 *queries, const uint4 *candid
         if (slots == 1) {
             for (int n = 0; n < TILES; n++)
                 for (int e = 0; e < 2; e++) {
-                    const float score = sum_rows(acc[n][e] + acc[n][2 + e]);
                     const int item = first + 8 * n + 2 * t + e;
-                    if (g == 0 && item < items) scores[item] = score;
+                    out.store(acc[n][e], acc[n][2 + e], g, item < items, item);
                 }
             return;
         }
@@ -136,20 +146,18 @@ __device__ __forceinline__ void maxsim(const uint4 *queries, const uint4 *candid
 #pragma unroll
         for (int n = 0; n < TILES; n++)
             if (n % span == 0) {
-                const float score = finish(tops[n], lows[n], lanes);
                 const int item = first + (8 * n + 2 * t) / slots;
-                if (g == 0 && t % lanes == 0 && item < items) scores[item] = score;
+                out.store(largest(tops[n], lanes), largest(lows[n], lanes), g, t % lanes == 0 && item < items, item);
             }
         return;
     }
-    const float score = finish(top, low, 4);
-    if (lane == 0) scores[first] = score;
+    out.store(largest(top, 4), largest(low, 4), g, t == 0, first);
 }
 
 #define KERNEL(NAME, TYPE) \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS) NAME(const uint4 *queries, const uint4 *candidates, float *scores, \
-        int items, int r_c, int slots, int blocks, u64 stride, int shared) { \
-        maxsim<TYPE>(queries, candidates, scores, items, r_c, slots, blocks, stride, shared); \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS) NAME(const uint4 *packed, const uint4 *candidates, float *scores, \
+        int queries, int rows, int items, int r_c, int slots, int blocks, u64 stride, int shared) { \
+        maxsim<TYPE>(packed, candidates, scores, queries, rows, items, r_c, slots, blocks, stride, shared); \
     }
 KERNEL(maxsim_bf16, Bf16)
 KERNEL(maxsim_fp16, Fp16)

@@ -73,19 +73,21 @@ class KernelScorer(Scorer):
         if not result.size:
             return result
         self._gpu.use()
+        rows = rows_of(r_q)
         for first in range(0, count, QUERIES):
+            some = result[first : first + QUERIES]
             packed = pack_queries(np.asarray(queries[first : first + QUERIES], self._dtype))
-            tiles = len(packed)
+            parts = len(some) * -(-r_q // ROWS)  # a query of more than 16 vectors is scored in parts of 16
             self._queries.reserve(packed.nbytes)
             self._queries.upload(packed, self._stream)
-            self._scores.reserve(4 * tiles * items)
+            self._scores.reserve(4 * parts * items)
             start = 0
             for piece in self._pieces(candidates, memory_bytes):
-                self._launch(piece, tiles, start, items)
+                self._launch(piece, len(packed), parts, rows, start, items)
                 start += piece.shape[0]
-            got = self._scores.download((tiles, items), np.dtype(np.float32), self._stream)
+            got = self._scores.download((parts, items), np.dtype(np.float32), self._stream)
             self._gpu.synchronise(self._stream)
-            result[first : first + QUERIES] = got.reshape(-1, -(-r_q // ROWS), items).sum(1)
+            np.sum(got.reshape(len(some), -1, items), 1, out=some) if parts > len(some) else np.copyto(some, got)
         return result
 
     def place(self, read: Callable[[slice], NDArray[Any]], shape: tuple[int, int, int]) -> Placed:
@@ -130,7 +132,7 @@ class KernelScorer(Scorer):
         step = min(memory_bytes // each, MOST_BLOCKS * WARPS * items_of_warp(slots_of(r_c)))
         return (slice(start, min(start + step, items)) for start in range(0, items, step))
 
-    def _launch(self, piece: DeviceArray, tiles: int, start: int, stride: int) -> None:
+    def _launch(self, piece: DeviceArray, tiles: int, queries: int, rows: int, start: int, stride: int) -> None:
         piece.check()
         items, r_c, dim = piece.shape
         slots = slots_of(r_c)
@@ -146,7 +148,7 @@ class KernelScorer(Scorer):
             ctypes.c_void_p(self._queries.address),
             ctypes.c_void_p(piece.address),
             ctypes.c_void_p(self._scores.address + 4 * start),
-            *map(ctypes.c_int, (items, r_c, slots, dim // BLOCK)),
+            *map(ctypes.c_int, (queries, rows, items, r_c, slots, dim // BLOCK)),
             ctypes.c_ulonglong(stride),
             ctypes.c_int(shared > 0),
         )
@@ -155,17 +157,23 @@ class KernelScorer(Scorer):
 def pack_queries(queries: NDArray[Any]) -> NDArray[np.uint16]:
     """Queries (q, r_q, d) of 16-bit numbers in tiles of 16 vectors, each in the order in which the kernel's lanes read it.
 
-    Of a tile (16, d), row 8 h + g and dimension 32 b + 8 t + 4 s + 2 p + e go to place (b, s, g, t, p, h, e): register 2 p + h
-    of A in instruction s, at lane 4 g + t (PTX ISA, fragments of mma.m16n8k16). Rows that are lacking are zero: their largest
-    product is 0, and adds nothing.
+    A query has ``rows_of(r_q)`` rows of a tile, or several whole tiles. Of a tile (16, d), row 8 h + g and dimension 32 b + 8 t +
+    4 s + 2 p + e go to place (b, s, g, t, p, h, e): register 2 p + h of A in instruction s, at lane 4 g + t (PTX ISA, fragments
+    of mma.m16n8k16). Rows that are lacking are zero: their largest product is 0, and adds nothing.
     """
     count, r_q, dim = queries.shape
-    tiles = -(-r_q // ROWS)
-    filled = np.zeros((count, tiles * ROWS, dim), np.uint16)
-    filled[:, :r_q] = queries.view(np.uint16)
-    axes = filled.reshape(count * tiles, 2, 8, dim // BLOCK, 4, 2, 2, 2)  # tile, h, g, b, t, s, p, e
+    each = rows_of(r_q) if r_q <= ROWS else -(-r_q // ROWS) * ROWS
+    tiles = -(-count * each // ROWS)
+    filled = np.zeros((tiles * ROWS, dim), np.uint16)
+    filled[: count * each].reshape(count, each, dim)[:, :r_q] = queries.view(np.uint16)
+    axes = filled.reshape(tiles, 2, 8, dim // BLOCK, 4, 2, 2, 2)  # tile, h, g, b, t, s, p, e
     packed: NDArray[np.uint16] = np.ascontiguousarray(axes.transpose(0, 3, 5, 2, 4, 6, 1, 7))
-    return packed.reshape(count * tiles, -1)
+    return packed.reshape(tiles, -1)
+
+
+def rows_of(r_q: int) -> int:
+    """Rows of a tile that a query takes: a power of two, at most all 16."""
+    return min(ROWS, 1 << (r_q - 1).bit_length())
 
 
 def slots_of(r_c: int) -> int:

@@ -70,8 +70,8 @@ static void multiply_emulated(float *c, uint4 a, unsigned b0, unsigned b1, Widen
 
 // Runs a grid. Lanes of a warp leave a kernel together, so their barrier stays whole; those that left a block do not meet again.
 #define EMULATE(NAME, KERNEL)                                                                                                  \
-    extern "C" void NAME(int tiles, int blocks_y, const void *queries, const void *candidates, float *scores, int items,       \
-                         int r_c, int slots, int blocks, unsigned long long stride, int shared) {                              \
+    extern "C" void NAME(int tiles, int blocks_y, const void *packed, const void *candidates, float *scores, int queries,      \
+                         int rows, int items, int r_c, int slots, int blocks, unsigned long long stride, int shared) {         \
         std::vector<std::thread> threads;                                                                                      \
         std::barrier<> turn(256);                                                                                              \
         for (int id = 0; id < 256; id++)                                                                                       \
@@ -81,8 +81,8 @@ static void multiply_emulated(float *c, uint4 a, unsigned b0, unsigned b1, Widen
                     for (int x = 0; x < tiles; x++) {                                                                          \
                         if (id == 0) blockIdx = {x, y};                                                                        \
                         turn.arrive_and_wait();                                                                                \
-                        KERNEL((const uint4 *)queries, (const uint4 *)candidates, scores, items, r_c, slots, blocks, stride,   \
-                               shared);                                                                                        \
+                        KERNEL((const uint4 *)packed, (const uint4 *)candidates, scores, queries, rows, items, r_c, slots,     \
+                               blocks, stride, shared);                                                                        \
                         turn.arrive_and_wait();                                                                                \
                     }                                                                                                          \
             });                                                                                                                \

@@ -36,6 +36,8 @@ $PIP install --quiet --target "$root/site" --only-binary=:all: --implementation 
 mkdir "$root/source"
 git -C "$source" archive HEAD | tar -x -C "$root/source"
 cp -r "$bundle" "$root/bundle"
+mount -t proc proc "$root/proc" # ONNX Runtime finds files through it
+trap 'umount "$root/proc"' EXIT
 
 on_arm() {
     chroot "$root" env HOME=/ TMPDIR=/tmp PATH=/ours/bin:/usr/bin:/bin PYTHONPATH=/ours:/site "$@"

@@ -55,13 +55,15 @@ def work(args: argparse.Namespace) -> None:
     with _models(args) as (bundle, checkpoint, int8, model):
         contestants = [one for one in line_up(args, bundle, checkpoint, int8) if one.name not in args.skip]
         note = (lambda text: None) if args.quiet else (lambda text: print(f"{text} ...", file=sys.stderr))
-        precision = Bundle.open(bundle, verify=False).manifest.precision
-        common = {"model": model, "precision": precision, **({"device": "gpu"} if args.gpu else {})}
+        manifest = Bundle.open(bundle, verify=False).manifest
+        kind, common = "encoder_gpu" if args.gpu else "encoder", {"model": model, "precision": manifest.precision}
+        if args.gpu:
+            common["opset"] = manifest.opset
         for measured in race(contestants, cases, rounds=args.rounds, warmup=args.warmup, note=note):
             print_race(measured)
-            check_same(measured, SAME[precision])
+            check_same(measured, SAME[manifest.precision])
             if args.output:
-                records = [make_record("encoder", {**common, **values}, bundle) for values in measured]
+                records = [make_record(kind, {**common, **values}, bundle) for values in measured]
                 append_records(args.output, records)
     if not args.gpu:
         print("on a GPU, against PyTorch in the bundle's precision: not run; --gpu asks for it")

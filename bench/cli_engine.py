@@ -4,7 +4,6 @@ side, and scoring."""
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -31,6 +30,7 @@ from metaembed.runtime.open_sessions import open_sessions
 from metaembed.runtime.session import DeviceSession, Session
 from metaembed.runtime.session_trt import TrtSession, open_trt_sessions
 
+from .records import append_records, check_output, make_record
 from .timing import time_interleaved
 
 WARM_UP, RUNS = 5, 50
@@ -58,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def work(args: argparse.Namespace) -> int:
     if min(args.batch, args.runs, args.candidates) < 1:
         raise UsageError("--batch, --runs and --candidates are at least 1")
+    if args.output:
+        check_output(args.output)
     bundle = Bundle.open(args.bundle)
     with ExitStack() as stack:
         sessions = _open_on_gpu(bundle, args.cuda_graphs, stack)
@@ -68,17 +70,39 @@ def work(args: argparse.Namespace) -> int:
         device = _device_here()
         encoded = measure_engines(bundle, *sessions, device=device, batch=args.batch, runs=args.runs)
         measured = chain(
-            (record | {"cuda_graphs": args.cuda_graphs} for record in encoded),
-            measure_scorer(
-                bundle, scorer, graph=graph, device=device, candidate_bytes=args.candidates << 20, runs=args.runs
+            (("engine", record | {"cuda_graphs": args.cuda_graphs}) for record in encoded),
+            (
+                ("scoring_gpu", record)
+                for record in measure_scorer(
+                    bundle, scorer, graph=graph, device=device, candidate_bytes=args.candidates << 20, runs=args.runs
+                )
             ),
         )
-        for record in measured:
-            print(json.dumps(record))
+        print(
+            f"{bundle.manifest.model}, {bundle.manifest.precision}, on {sessions[1].description}; scoring on {scorer.description}"
+        )
+        for kind, values in measured:
+            print(describe(kind, values), flush=True)
             if args.output:
-                with args.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                append_records(args.output, [make_record(kind, values, args.bundle)])
     return 0
+
+
+def describe(kind: str, values: Mapping[str, Any]) -> str:
+    """One measurement as a line for people: what, median, tail, and how near the device's limit that is."""
+    if kind == "scoring_gpu":
+        many = f"{values['queries']} queries" if values["queries"] > 1 else "one query"
+        what = f"score {values['budget']}, {many}, {values['items']:,} candidates: {values['candidates']}"
+        tail = f"p95 {values['p95_ms']:>9.3f}  {values['gb_s']:>8,.1f} GB/s"
+    elif values["graph"] == VISION:
+        what, tail = f"image of {values['image_tokens']} tokens", f"p99 {values['p99_ms']:>9.3f}"
+    else:
+        what = f"{values['side']}, {values['vectors']} vectors, {values['positions']} positions"
+        tail = f"p99 {values['p99_ms']:>9.3f}"
+    share = (
+        f"  {values['limit_ms'] / values['p50_ms']:.0%} of {values['limit_of']}'s limit" if "limit_ms" in values else ""
+    )
+    return f"{what:<66} {values['p50_ms']:>9.3f} ms  {tail}{share}"
 
 
 def _open_on_gpu(bundle: Bundle, cuda_graphs: bool, stack: ExitStack) -> tuple[Session, Session]:

@@ -20,7 +20,16 @@ from metaembed.runtime.maxsim_native import describe_kernels
 
 Record = dict[str, Any]
 
-TOOLS = ("metaembed-export", "numpy", "onnxruntime", "torch", "transformers", "tensorrt", "tensorrt-rtx")
+TOOLS = (
+    "metaembed-export",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "transformers",
+    "tensorrt",
+    "tensorrt-rtx",
+)
 ORIGIN = (
     "artefact",
     "sha256",

@@ -10,6 +10,7 @@ from metaembed.runtime.errors import UsageError
 from .records import Record, by_kernels, group, of_kind
 from .table import Table, TableKind, to_markdown
 from .tables_cost import make_export_parity, make_exports
+from .tables_gpu import make_gpu_latency, make_gpu_race, make_gpu_scoring
 from .tables_scoring import make_cascades, make_int8, make_scoring
 
 MARKER = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -217,6 +218,9 @@ TABLES = {
         TableKind("encoder_costs", "Encoding: cost and limits", make_encoder_costs),
         TableKind("engine_layouts", "TensorRT engines: what each layout takes", make_engine_layouts),
         TableKind("encoder_race", "Encoding: measured here", make_encoder_race),
+        TableKind("gpu_race", "On a GPU: encoding beside PyTorch", make_gpu_race),
+        TableKind("gpu_latency", "On a GPU: each graph", make_gpu_latency),
+        TableKind("gpu_scoring", "On a GPU: MaxSim", make_gpu_scoring),
         TableKind("calibration", "Quantisation: what it costs in quality", make_calibration),
     )
 }

@@ -8,8 +8,8 @@
 // columns 2 t and 2 t + 1. Which dimensions an instruction pairs is free, as long as A and B agree: lane t takes
 // dimensions 8 t ... 8 t + 7 of each 32, four for each of two instructions (pack_queries in gpu_kernel.py does the same to A).
 //
-// Compiled to PTX for compute capability 8.0, which drivers from CUDA 12.1 on compile for any later GPU; the command is
-// in CONTRIBUTING.md.
+// Compiled to PTX for compute capability 8.0, which drivers from CUDA 12.1 on compile for any later GPU: see
+// bench/compile_gpu_kernel.py.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

@@ -1,7 +1,7 @@
 """Which of ONNX Runtime's execution providers to try for a bundle, best first. Arithmetic on names: nothing is imported.
 
 What is asked for is not always had (a wheel lists providers whose libraries are missing here), so each attempt is
-judged by the provider that the session then names. None of it has run on a GPU.
+judged by the provider that the session then names. The CUDA provider has run on a GPU (docs/gpu.md), the TensorRT provider has not.
 """
 
 from __future__ import annotations

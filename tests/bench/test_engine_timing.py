@@ -77,3 +77,50 @@ def test_percentiles_come_from_runs_after_the_warm_up():
     times = time_runs(lambda: calls.append(None), runs=7)
     assert len(calls) == 5 + 7
     assert set(times) == {"p50_ms", "p90_ms", "p99_ms"}
+
+
+def test_on_a_machine_without_a_gpu_the_command_says_what_it_would_need(demo_bundle, capsys, monkeypatch):
+    from metaembed.bench import cli_engine
+    from metaembed.bench.cli import main
+
+    monkeypatch.setattr(
+        cli_engine, "open_sessions", lambda bundle, graphs: open_ort_sessions(bundle, graphs, available=[])
+    )
+    assert main(["engine", str(demo_bundle)]) == 1
+    assert "nothing runs on a GPU here (ONNX Runtime" in capsys.readouterr().err
+    assert main(["engine", str(demo_bundle), "--runs", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "line"),
+    [
+        (
+            "engine",
+            {"graph": "language.onnx", "side": "query", "vectors": 8, "positions": 40, "p50_ms": 2.0, "p99_ms": 3.0}
+            | {"limit_ms": 0.5, "limit_of": "h200"},
+            "query, 8 vectors, 40 positions 2.000 ms p99 3.000 25% of h200's limit",
+        ),
+        (
+            "engine",
+            {"graph": VISION, "image_tokens": 64, "p50_ms": 2.0, "p99_ms": 3.0},
+            "image of 64 tokens 2.000 ms p99 3.000",
+        ),
+        (
+            "scoring_gpu",
+            {
+                "budget": "1,1",
+                "queries": 32,
+                "items": 2048,
+                "candidates": "host",
+                "p50_ms": 2.0,
+                "p95_ms": 3.0,
+                "gb_s": 9.5,
+            },
+            "score 1,1, 32 queries, 2,048 candidates: host 2.000 ms p95 3.000 9.5 GB/s",
+        ),
+    ],
+)
+def test_a_measurement_is_a_line_for_people(kind, values, line):
+    from metaembed.bench.cli_engine import describe
+
+    assert " ".join(describe(kind, values).split()) == line

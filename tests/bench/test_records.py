@@ -84,8 +84,8 @@ def test_a_record_names_no_folder_of_the_machine(monkeypatch, typed, kept):
 
 @pytest.mark.parametrize(
     "kind",
-    "calibration cascade claim_point encoder encoder_cost engine_layout export parity quality scoring scoring_contest "
-    "scoring_cost scoring_scaling sensitivity verdict".split(),
+    "calibration cascade claim_point encoder encoder_cost encoder_gpu engine engine_layout export parity quality scoring "
+    "scoring_contest scoring_cost scoring_gpu scoring_scaling sensitivity verdict".split(),
 )
 def test_a_record_that_lacks_fields_is_named(tmp_path, kind):
     (tmp_path / "a.jsonl").write_text(json.dumps({"kind": kind}) + "\n")

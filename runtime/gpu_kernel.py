@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class KernelScorer(Scorer):
         rows = rows_of(r_q)
         for first in range(0, count, QUERIES):
             some = result[first : first + QUERIES]
-            packed = pack_queries(np.asarray(queries[first : first + QUERIES], self._dtype))
+            packed = pack_queries(np.ascontiguousarray(queries[first : first + QUERIES], self._dtype))
             parts = len(some) * -(-r_q // ROWS)  # a query of more than 16 vectors is scored in parts of 16
             self._queries.reserve(packed.nbytes)
             self._queries.upload(packed, self._stream)
@@ -154,7 +155,7 @@ class KernelScorer(Scorer):
         )
 
 
-def pack_queries(queries: NDArray[Any]) -> NDArray[np.uint16]:
+def pack_queries(queries: NDArray[Any]) -> NDArray[np.uint32]:
     """Queries (q, r_q, d) of 16-bit numbers in tiles of 16 vectors, each in the order in which the kernel's lanes read it.
 
     A query has ``rows_of(r_q)`` rows of a tile, or several whole tiles. Of a tile (16, d), row 8 h + g and dimension 32 b + 8 t +
@@ -164,11 +165,17 @@ def pack_queries(queries: NDArray[Any]) -> NDArray[np.uint16]:
     count, r_q, dim = queries.shape
     each = rows_of(r_q) if r_q <= ROWS else -(-r_q // ROWS) * ROWS
     tiles = -(-count * each // ROWS)
-    filled = np.zeros((tiles * ROWS, dim), np.uint16)
-    filled[: count * each].reshape(count, each, dim)[:, :r_q] = queries.view(np.uint16)
-    axes = filled.reshape(tiles, 2, 8, dim // BLOCK, 4, 2, 2, 2)  # tile, h, g, b, t, s, p, e
-    packed: NDArray[np.uint16] = np.ascontiguousarray(axes.transpose(0, 3, 5, 2, 4, 6, 1, 7))
-    return packed.reshape(tiles, -1)
+    filled = np.zeros((tiles * ROWS, dim // 2), np.uint32)  # pairs e
+    filled[: count * each].reshape(count, each, -1)[:, :r_q] = queries.view(np.uint32)
+    packed: NDArray[np.uint32] = filled.reshape(tiles, -1).take(_order(dim), axis=1)
+    return packed
+
+
+@lru_cache(maxsize=8)
+def _order(dim: int) -> NDArray[np.intp]:
+    """Where each pair of a packed tile comes from."""
+    places = np.arange(ROWS * dim // 2).reshape(2, 8, dim // BLOCK, 4, 2, 2)  # h, g, b, t, s, p
+    return np.ascontiguousarray(places.transpose(2, 4, 1, 3, 5, 0)).ravel()
 
 
 def rows_of(r_q: int) -> int:

@@ -24,7 +24,7 @@ SECTIONS = (
         ("scoring", "int8", "cascades", "efficiency"),
     ),
     ("Encoding", ("encoder",), ("encoder_race", "encoder_costs")),
-    ("On a GPU", (), ("gpu_race", "gpu_latency", "gpu_scoring")),
+    ("On a GPU", ("gpu_encoder",), ("gpu_race", "gpu_latency", "gpu_scoring")),
     ("Parity and quantisation", ("parity", "sensitivity"), ("calibration",)),
     ("Exporting and building", (), ("exports", "export_parity", "engine_layouts")),
 )

@@ -150,16 +150,25 @@ def draw_scaling(records: Sequence[Record]) -> Figure | None:
 
 
 def draw_encoder(records: Sequence[Record]) -> Figure | None:
-    found = [r for r in of_kind(records, "encoder", "model", "input", "contestant") if "error" not in r]
-    models = group(found, "model")
+    return _draw_race(of_kind(records, "encoder", "model", "input", "contestant"), "model")
+
+
+def draw_gpu_encoder(records: Sequence[Record]) -> Figure | None:
+    return _draw_race(of_kind(records, "encoder_gpu", "model", "opset", "input", "contestant"), "model", "opset")
+
+
+def _draw_race(records: Sequence[Record], *panels: str) -> Figure | None:
+    """A panel for each value of these fields."""
+    found = [record for record in records if "error" not in record]
+    models = group(found, *panels)
     if not models:
         return None
     contestants = list(dict.fromkeys(record["contestant"] for record in found))
     height = 1.2 + 0.7 * max(len(group(runs, "input")) for runs in models.values())
     figure, axes = plt.subplots(1, len(models), figsize=(max(5.4, 4.2 * len(models)), height), squeeze=False)
-    for ax, ((model,), runs) in zip(axes[0], models.items(), strict=True):
+    for ax, ((model, *opset), runs) in zip(axes[0], models.items(), strict=True):
         _race_panel(ax, runs, contestants)
-        ax.set_title(model, fontsize=10, color=LIGHT["muted"])
+        ax.set_title(", opset ".join((model, *opset)), fontsize=10, color=LIGHT["muted"])
         ax.set_xlabel("ms, with a line to p95")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
@@ -244,6 +253,7 @@ PLOTS = (
     Plot("scaling", "Scoring time by candidates", "One query; budgets as named.", draw_scaling),
     Plot("encoder", "Encoding one input", "Contestants took turns on the same inputs, each in a process of its own.",
          draw_encoder),
+    Plot("gpu_encoder", "Encoding one input on a GPU", "As above, on one GPU.", draw_gpu_encoder),
     Plot("parity", "Parity by image size", "The bundle's golden inputs replayed here, against Hugging Face in float32.",
          draw_parity),
     Plot("sensitivity", "Quantisation sensitivity", "What each group of Linears costs when it alone is quantised.",

@@ -17,7 +17,7 @@ from .devices import Capability
 from .errors import MetaEmbedError
 
 log = logging.getLogger(__name__)
-_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_NO_DEVICE, _NOT_FOUND = 100, 500  # CUDA_ERROR_NO_DEVICE, CUDA_ERROR_NOT_FOUND
 _MAJOR, _MINOR, _INTEGRATED, _SHARED_OPTIN = 75, 76, 18, 97  # CUdevice_attribute
 _DYNAMIC_SHARED = 8  # CUfunction_attribute
 _NON_BLOCKING, _THREAD_LOCAL = 1, 1  # CUstream_flags, CUstreamCaptureMode
@@ -206,6 +206,8 @@ def _load_driver() -> dict[str, Any]:
         raise MetaEmbedError(f"there is no NVIDIA driver here ({name} cannot be loaded)") from None
     functions = {}
     for function, arguments in _ARGUMENTS.items():
+        if not hasattr(library, function):
+            raise CudaError(f"the driver is older than CUDA 11.4 (it lacks {function})", _NOT_FOUND)
         functions[function] = getattr(library, function)
         functions[function].argtypes = arguments
         functions[function].restype = ctypes.c_int

@@ -9,6 +9,8 @@ typedef unsigned long long Address;
 #define STREAM ((void *)0x123456789abcULL)
 #define GRAPH ((void *)0x111122223333ULL)
 #define EXECUTABLE ((void *)0x444455556666ULL)
+#define MODULE ((void *)0x777788889999ULL)
+#define KERNEL ((void *)0xaaaabbbbccccULL)
 #define CHECK(condition) ((condition) ? 0 : 1)
 
 static int contexts = 0, current = 0;
@@ -18,7 +20,7 @@ int cuInit(unsigned flags) { return getenv("STUB_INIT") ? atoi(getenv("STUB_INIT
 int cuDeviceGet(int *device, int ordinal) { *device = 3; return ordinal == 0 ? 0 : 101; }
 int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "Stub GPU", size); return CHECK(device == 3); }
 int cuDeviceGetAttribute(int *value, int which, int device) {
-    *value = which == 75 ? 8 : which == 76 ? 7 : which == 18 ? 1 : -1;
+    *value = which == 75 ? 8 : which == 76 ? 7 : which == 18 ? 1 : which == 97 ? 166912 : -1;
     return CHECK(device == 3);
 }
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = 64ULL << 30; return CHECK(device == 3); }
@@ -53,4 +55,22 @@ int cuGraphInstantiateWithFlags(void **executable, void *graph, unsigned long lo
 int cuGraphLaunch(void *executable, void *stream) { return CHECK(executable == EXECUTABLE && stream == STREAM); }
 int cuGraphExecDestroy(void *executable) { return CHECK(executable == EXECUTABLE); }
 int cuGraphDestroy(void *graph) { return CHECK(graph == GRAPH); }
+#ifndef OLD // a driver that lacks something
+int cuModuleLoadData(void **module, const void *image) { *module = MODULE; return strcmp(image, "ptx") ? 218 : current ? 0 : 201; }
+int cuModuleGetFunction(void **function, void *module, const char *name) {
+    *function = KERNEL;
+    return strcmp(name, "maxsim") ? 500 : CHECK(module == MODULE);
+}
+int cuModuleUnload(void *module) { return CHECK(module == MODULE); }
+int cuFuncSetAttribute(void *function, int which, int value) { return CHECK(function == KERNEL && which == 8 && value == 166912); }
+// The kernel that runs: it writes its second argument to where its first one points.
+int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty, unsigned tz, unsigned shared,
+                   void *stream, void **arguments, void **extra) {
+    if (function != KERNEL || stream != STREAM || extra || x != 3 || y != 65535 || z != 1 || threads != 256 || ty != 1 ||
+        tz != 1 || shared != 65536)
+        return 1;
+    *(unsigned long long *)*(Address *)arguments[0] = *(unsigned long long *)arguments[1];
+    return 0;
+}
+#endif
 int cuGetErrorString(int code, const char **text) { *text = code == 2 ? "out of memory" : "other"; return 0; }

@@ -36,11 +36,19 @@ gpu.begin_capture(stream)
 graph = gpu.end_capture(stream)
 gpu.launch(graph, stream)
 gpu.destroy_graph(graph)
+assert gpu.shared_bytes == 166912
+module = gpu.load_module(b"ptx")
+kernel = gpu.find_kernel(module, "maxsim", gpu.shared_bytes)
+wide = 0x1122334455667788
+gpu.run_kernel(kernel, (3, 65535), 256, 65536, stream, ctypes.c_void_p(buffer.address), ctypes.c_ulonglong(wide))
+assert ctypes.c_ulonglong.from_address(buffer.address).value == wide
+gpu.unload_module(module)
 buffer.free()
 gpu.synchronise(stream)
 gpu.destroy_stream(stream)
 for call, sentence in (
     (lambda: gpu.allocate(1 << 41), "CUDA: out of memory (cuMemAlloc_v2, error 2)"),
+    (lambda: gpu.load_module(b"none"), "CUDA: other (cuModuleLoadData, error 218)"),
     (lambda: Cuda(1), "CUDA: other (cuDeviceGet, error 101)"),
 ):
     try:
@@ -65,12 +73,14 @@ def stub(tmp_path_factory):
     """Runs Python code against the stand-in, and returns what it wrote to stderr."""
     if sys.platform != "linux" or not shutil.which("gcc"):
         pytest.skip("needs Linux and gcc")
-    folder = tmp_path_factory.mktemp("driver")
-    library, source = folder / "libcuda.so.1", Path(__file__).with_name("stub_driver.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
+    source = Path(__file__).with_name("stub_driver.c")
+    folders = {old: tmp_path_factory.mktemp("driver") for old in (False, True)}
+    for old, folder in folders.items():
+        command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", source]
+        subprocess.run([*command, *(["-DOLD"] if old else [])], check=True)
 
-    def run(code, **environment):
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(folder), **environment}
+    def run(code, *, old=False, **environment):
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(folders[old]), **environment}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stderr
@@ -86,3 +96,8 @@ def test_a_driver_that_finds_no_working_gpu_says_so_and_no_gpu_at_all_is_silent(
     """802 is CUDA_ERROR_SYSTEM_NOT_READY (an A100 without its fabric manager), 100 is CUDA_ERROR_NO_DEVICE (cuda.h)."""
     assert stub(FIND, STUB_INIT="802").startswith("the NVIDIA driver is here and finds no GPU that works: CUDA: other")
     assert stub(FIND, STUB_INIT="100") == ""
+
+
+def test_a_driver_that_lacks_a_function_is_too_old_and_says_so(stub):
+    said = "the NVIDIA driver is here and finds no GPU that works: the driver is older than CUDA 11.4 (it lacks cuModuleLoadData)"
+    assert stub(FIND, old=True).strip() == said

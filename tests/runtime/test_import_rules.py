@@ -15,7 +15,7 @@ PACKAGES = ("runtime", "export", "calibration", "bench")
 RUNTIME_MAY_IMPORT = {"numpy", "ml_dtypes", "safetensors", "PIL", "tokenizers", "tqdm", "metaembed"}
 ONE_FILE_EACH = {"onnxruntime": "session_ort.py", "tensorrt": "session_trt.py", "tensorrt_rtx": "session_trt.py"}
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "tensorrt", "tensorrt_rtx", "peft")
-SESSIONS = {"session_ort", "session_trt"}  # the only modules that need what they run
+SESSIONS = {"session_ort", "session_ort_gpu", "session_trt"}  # the only modules that need what they run
 BLOCK = f"""
 import sys
 class Block:

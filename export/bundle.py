@@ -7,6 +7,7 @@ import itertools
 import logging
 import re
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -135,14 +136,14 @@ def export_bundle(
                 "the checkpoint's preprocessor_config.json allows no more"
             )
             request = replace(request, limits=limits)
-        # What was merged, converted or made up was checked, or is finite, as it was written into ``work``.
-        unread = [name for name, ref in checkpoint.tensors.items() if work.resolve() not in ref.path.parents]
-        if unread:
-            progress.stage("looking for NaN and infinity in the weights")
-            checkpoint.check_finite(progress.track(unread, "weights"))
         progress.stage("placing weights")
         refs = place_weights(checkpoint, folder, progress.advance)
         with _hashing_weights(folder) as hashes:
+            # What was merged, converted or made up was checked, or is finite, as it was written into ``work``.
+            unread = [name for name, ref in checkpoint.tensors.items() if work.resolve() not in ref.path.parents]
+            if unread:
+                progress.stage("looking for NaN and infinity in the weights")
+                checkpoint.check_finite(progress.track(unread, "weights"))
             write_graphs(request, checkpoint, refs, folder, progress.stage)
             check = _judge(request, source, folder, progress) if request.parity else None
             shutil.rmtree(work)
@@ -154,13 +155,14 @@ def export_bundle(
 
 @contextmanager
 def _hashing_weights(folder: Path) -> Iterator[Mapping[str, Future[FileRecord]]]:
-    """Records of the weight files, made in a thread of their own: hashing leaves the interpreter to what traces meanwhile."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="hashing")
+    """Records of the weight files, made in a thread of their own: hashing leaves the interpreter to what works meanwhile."""
+    pool, stopped = ThreadPoolExecutor(1, thread_name_prefix="hashing"), threading.Event()
     try:
         names = [f"weights/{path.name}" for path in sorted((folder / "weights").iterdir())]
-        yield {name: pool.submit(FileRecord.of, folder / name) for name in names}
+        yield {name: pool.submit(FileRecord.of, folder / name, stopped) for name in names}
     finally:
-        pool.shutdown(cancel_futures=True)  # waits for the file in hand: the folder may be about to go
+        stopped.set()  # nobody asks any more; after success there is nothing left to stop
+        pool.shutdown(cancel_futures=True)  # waits: the folder may be about to go
 
 
 def place_weights(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -43,9 +44,10 @@ class FileRecord:
             raise BundleError(f"{self.sha256!r} is no SHA-256")
 
     @classmethod
-    def of(cls, path: Path) -> FileRecord:
+    def of(cls, path: Path, stopped: threading.Event | None = None) -> FileRecord:
+        """Read a file. A RuntimeError when ``stopped`` is set before its end."""
         with path.open("rb") as file:
-            return cls(path.stat().st_size, _sha256(file))
+            return cls(path.stat().st_size, _sha256(file, stopped))
 
 
 @dataclass(frozen=True)
@@ -248,9 +250,11 @@ def find_changed(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
         return [name for name, record in zip(files, found, strict=True) if record != files[name]]
 
 
-def _sha256(file: BinaryIO) -> str:
+def _sha256(file: BinaryIO, stopped: threading.Event | None = None) -> str:
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     while block := file.read(1 << 22):
+        if stopped is not None and stopped.is_set():
+            raise RuntimeError("hashing was stopped")
         digest.update(block)
     return digest.hexdigest()
 

@@ -311,3 +311,16 @@ def test_limits_are_positive_whole_numbers(values: tuple[Any, Any]):
 def test_every_error_is_one_of_ours():
     assert issubclass(BundleError, MetaEmbedError)
     assert not issubclass(BundleError, UsageError)
+
+
+def test_hashing_can_be_stopped(tmp_path: Path):
+    """An export that fails does not wait until tens of gigabytes are hashed."""
+    import threading
+
+    (tmp_path / "a").write_bytes(b"abc")
+    stopped = threading.Event()
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert FileRecord.of(tmp_path / "a", stopped) == FileRecord(3, known)
+    stopped.set()
+    with pytest.raises(RuntimeError, match="stopped"):
+        FileRecord.of(tmp_path / "a", stopped)

@@ -1,8 +1,9 @@
 // MaxSim on NVIDIA GPUs: bf16 or fp16 in, products on tensor cores, float32 sums, nothing in between is ever stored.
 //
 // A query tile is 16 vectors in shared memory, in the order in which lanes read them: queries of 1, 2, 4, 8 or 16 rows (zeros
-// fill them up), so that a pass over the candidates serves as many queries as fit. A warp takes 32 "slots" of candidate vectors at once, 4 tiles of 8, straight from global memory, 16 bytes a lane. An item has r_c
-// vectors in 1, 2, 4 or a multiple of 8 slots, so that a tile never holds parts of two items that it could not tell apart.
+// fill them up), so that a pass over the candidates serves as many queries as fit. A warp takes 32 "slots" of candidate vectors
+// at once, 4 tiles of 8, straight from global memory, 16 bytes a lane. An item has r_c vectors in 1, 2, 4 or a multiple of 8
+// slots, so that a tile never holds parts of two items that it could not tell apart.
 //
 // mma.m16n8k16: lane = 4 g + t holds A (16 x 16) at rows g and g + 8, B (16 x 8) at column g, C at rows g and g + 8,
 // columns 2 t and 2 t + 1. Which dimensions an instruction pairs is free, as long as A and B agree: lane t takes

@@ -118,8 +118,7 @@ class OrtSession:
 
     def _bind_input(self, binding: Any, name: str, value: Any) -> object:
         """Name an input's memory to ONNX Runtime; what comes back must outlive the run."""
-        if value.dtype != self._inputs.get(name, value.dtype):
-            raise UsageError(f"{name} has type {value.dtype}, and the graph takes {self._inputs[name]}")
+        self._check_type(name, value)
         array = np.ascontiguousarray(value)
         if array.dtype != ml_dtypes.bfloat16:
             held = ort.OrtValue.ortvalue_from_numpy(array)
@@ -127,6 +126,10 @@ class OrtSession:
             held = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), BFLOAT16)
         binding.bind_ortvalue_input(name, held)
         return array, held
+
+    def _check_type(self, name: str, value: Any) -> None:
+        if value.dtype != self._inputs.get(name, value.dtype):
+            raise UsageError(f"{name} has type {value.dtype}, and the graph takes {self._inputs[name]}")
 
     def _bind_output(self, binding: Any, name: str) -> None:
         binding.bind_output(name, "cpu")

@@ -64,8 +64,7 @@ class OrtGpuSession(OrtSession):
     def _bind_input(self, binding: Any, name: str, value: Any) -> object:
         if not isinstance(value, (DeviceArray, KeptOutput)):
             return super()._bind_input(binding, name, value)
-        if value.dtype != self._inputs.get(name, value.dtype):
-            raise UsageError(f"{name} has type {value.dtype}, and the graph takes {self._inputs[name]}")
+        self._check_type(name, value)
         if isinstance(value, KeptOutput):
             binding.bind_ortvalue_input(name, value.value)
         else:

@@ -1,6 +1,7 @@
 // Enough of CUDA to run runtime/_maxsim.cu on a CPU: a block is 256 threads of the system's, a warp's lanes meet at barriers.
 // The tensor cores' instruction follows the fragment tables of NVIDIA's PTX ISA ("Matrix Fragments for mma.m16n8k16").
 #define EMULATED
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -42,7 +43,13 @@ static inline float __shfl_xor_sync(unsigned, float value, int mask) {
     return other;
 }
 static inline float larger(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : a > b ? a : b; }
-static inline uint4 load_once(const uint4 *from) { return *from; }
+static const uint4 *first_candidate, *past_candidates;  // what a launch may read
+extern "C" { std::atomic<int> stray_reads; }
+static inline uint4 load_once(const uint4 *from) {
+    if (from >= first_candidate && from < past_candidates) return *from;
+    stray_reads++;
+    return {0, 0, 0, 0};
+}
 
 static inline float widen_bf16(uint16_t bits) { return __int_as_float((unsigned)bits << 16); }
 static inline float widen_fp16(uint16_t bits) { _Float16 half; std::memcpy(&half, &bits, 2); return (float)half; }
@@ -72,6 +79,8 @@ static void multiply_emulated(float *c, uint4 a, unsigned b0, unsigned b1, Widen
 #define EMULATE(NAME, KERNEL)                                                                                                  \
     extern "C" void NAME(int tiles, int blocks_y, const void *packed, const void *candidates, float *scores, int queries,      \
                          int rows, int items, int r_c, int slots, int blocks, unsigned long long stride, int shared) {         \
+        first_candidate = (const uint4 *)candidates;                                                                           \
+        past_candidates = first_candidate + (size_t)items * r_c * blocks * 4;                                                  \
         std::vector<std::thread> threads;                                                                                      \
         std::barrier<> turn(256);                                                                                              \
         for (int id = 0; id < 256; id++)                                                                                       \

@@ -73,6 +73,7 @@ class EmulatedGpu:
         assert (threads, stream) == (256, STREAM)
         self.launched.append((*grid, shared_bytes))
         kernel(ctypes.c_int(grid[0]), ctypes.c_int(grid[1]), *arguments)
+        assert ctypes.c_int.in_dll(self.library, "stray_reads").value == 0, "it read beyond the candidates"
 
 
 @pytest.fixture(scope="module")

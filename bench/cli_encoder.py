@@ -89,6 +89,11 @@ def line_up(args: argparse.Namespace, bundle: Path, checkpoint: Path, int8: Path
         hf |= {"device": "cuda", "dtype": TORCH_TYPES[precision]}
         return [
             Contestant(f"bundle {precision}", build_bundle, {"folder": bundle, "threads": args.threads, "gpu": True}),
+            Contestant(
+                f"bundle {precision}, CUDA graphs",
+                build_bundle,
+                {"folder": bundle, "threads": args.threads, "gpu": True, "cuda_graphs": True},
+            ),
             Contestant("HF SDPA", build_hf, hf),
             Contestant("HF SDPA, 80 rows", build_hf, hf | {"all_rows": True}),
             Contestant("torch.compile", build_hf, hf | {"compiled": True}),

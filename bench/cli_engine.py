@@ -28,7 +28,6 @@ from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Bundle
 from metaembed.runtime.maxsim import maxsim
 from metaembed.runtime.open_sessions import open_sessions
 from metaembed.runtime.session import DeviceSession, Session
-from metaembed.runtime.session_trt import TrtSession, open_trt_sessions
 
 from .records import append_records, check_output, make_record
 from .timing import time_interleaved
@@ -108,15 +107,9 @@ def describe(kind: str, values: Mapping[str, Any]) -> str:
 def _open_on_gpu(bundle: Bundle, cuda_graphs: bool, stack: ExitStack) -> tuple[Session, Session]:
     """Vision and language, on engines or on ONNX Runtime's provider for NVIDIA; the stack closes them."""
     graphs = (VISION, LANGUAGE)
-    vision, language = (cuda_graphs and open_trt_sessions(bundle, graphs, cuda_graphs=True)) or open_sessions(
-        bundle, graphs
-    )
+    vision, language = open_sessions(bundle, graphs, cuda_graphs=cuda_graphs)
     for session in (vision, language):
         stack.callback(session.close)
-    if cuda_graphs and not isinstance(language, TrtSession):
-        raise MetaEmbedError(
-            f"--cuda-graphs records engines, and there is none here; build with: metaembed-build {bundle.folder}"
-        )
     if not isinstance(language, DeviceSession):
         raise MetaEmbedError(
             f"nothing runs on a GPU here ({language.description}); on the device: metaembed-build {bundle.folder}, or install "

@@ -39,11 +39,11 @@ def prepare_input(bundle: Bundle, case: Case) -> Prepared:
     return Prepared(tokenizer.prompt_ids(case.text, patches.tokens, case.side, limit), patches.pixels, patches.grid[1:])
 
 
-def build_bundle(folder: Path, threads: int, gpu: bool = False) -> Callable[[Case], Runner]:
+def build_bundle(folder: Path, threads: int, gpu: bool = False, cuda_graphs: bool = False) -> Callable[[Case], Runner]:
     """The product: host layout and both graphs. ``gpu``: nothing but a GPU will do."""
     bundle = Bundle.open(folder, verify=False)
     geometry = bundle.manifest.geometry
-    vision, language = open_sessions(bundle, (VISION, LANGUAGE), threads=threads)
+    vision, language = open_sessions(bundle, (VISION, LANGUAGE), threads=threads, cuda_graphs=cuda_graphs)
     if gpu and not isinstance(language, DeviceSession):
         raise MetaEmbedError(f"the bundle got no GPU: {language.description}")
     image_token = Tokenizer(bundle.path(TOKENIZER), Template.from_json(bundle.manifest.template)).image_id

@@ -9,6 +9,8 @@ from metaembed.runtime.manifest import VISION
 from .records import Record, StoredRecord, group, of_kind
 from .table import Table
 
+OURS = "bundle "
+GRAPHS = ", CUDA graphs"  # our contestant whose queries are recorded
 EXACT = "torch, float32 products"  # the competitor that computes what we do
 
 
@@ -17,24 +19,25 @@ def make_gpu_race(records: Sequence[Record]) -> Table | None:
     found = _on(records, "encoder_gpu", "model", "precision", "opset", "input", "contestant")
     if not found:
         return None
-    others = [name for (name,) in group(found, "contestant") if not name.startswith("bundle ")]
+    names = [name for (name,) in group(found, "contestant")]
+    ways = [way for way in ("", GRAPHS) if any(_is_ours(name, way) for name in names)]
+    others = [name for name in names if not name.startswith(OURS)]
     rows = []
     for (gpu, model, precision, opset, case), runs in group(
         found, "gpu", "model", "precision", "opset", "input"
     ).items():
-        at = {run["contestant"]: run for run in runs}
-        ours = next((run for name, run in at.items() if name.startswith("bundle ")), None)
+        ours = [next((run for run in runs if _is_ours(run["contestant"], way)), None) for way in ways]
+        theirs = [next((run for run in runs if run["contestant"] == name), None) for name in others]
+        ratios = [_ratio(one, [run for run in theirs if run]) for one in ours]
         rows.append(
-            (
-                gpu,
-                f"{model} {precision}, opset {opset}, {case}",
-                _cell(ours),
-                *(_cell(at.get(name)) for name in others),
-                _ratio(ours, [at[name] for name in others if name in at]),
-            )
+            (gpu, f"{model} {precision}, opset {opset}, {case}", *(_cell(run) for run in (*ours, *theirs)), *ratios)
         )
     note = "Median ms (GiB on the GPU); contestants took turns, each in a process of its own. Ratio: the best of PyTorch over ours."
-    return Table(("GPU", "model, input", "bundle", *others, "ratio"), tuple(rows), note)
+    return Table(
+        ("GPU", "model, input", *(f"bundle{way}" for way in ways), *others, *(f"ratio{way}" for way in ways)),
+        tuple(rows),
+        note,
+    )
 
 
 def make_gpu_latency(records: Sequence[Record]) -> Table | None:
@@ -95,6 +98,10 @@ def _on(records: Sequence[Record], kind: str, *keys: str) -> list[Record]:
     """The latest records for each GPU, which ``gpu`` names."""
     named = (StoredRecord(r, gpu=(r.get("machine") or {}).get("gpu") or "?") for r in records if r["kind"] == kind)
     return of_kind(named, kind, "gpu", *keys)
+
+
+def _is_ours(contestant: str, way: str) -> bool:
+    return contestant.startswith(OURS) and contestant.endswith(GRAPHS) == (way == GRAPHS)
 
 
 def _what(record: Mapping[str, object]) -> str:

@@ -1,9 +1,11 @@
-// MaxSim on NVIDIA GPUs: bf16 or fp16 in, products on tensor cores, float32 sums, nothing in between is ever stored.
+// MaxSim on NVIDIA GPUs: bf16 or fp16 in, products on tensor cores, float32 sums; of all products only scores are stored.
 //
-// A query tile is 16 vectors in shared memory, in the order in which lanes read them: queries of 1, 2, 4, 8 or 16 rows (zeros
-// fill them up), so that a pass over the candidates serves as many queries as fit. A warp takes 32 "slots" of candidate vectors
-// at once, 4 tiles of 8, straight from global memory, 16 bytes a lane. An item has r_c vectors in 1, 2, 4 or a multiple of 8
-// slots, so that a tile never holds parts of two items that it could not tell apart.
+// Query vectors come in tiles of 16 rows, in the order in which lanes read them: queries of 1, 2, 4, 8 or 16 rows (zeros fill
+// them up), so that one reading of the candidates serves as many queries as fit in the TILES tiles of a block. A warp has as many
+// whole items as fit in 32 candidate vectors, or one item, 32 vectors a pass.
+//
+// Both stream through shared memory, 64 dimensions (a line of 128 bytes) of each vector at a time, STAGES - 1 lines under way
+// while one is multiplied. The copy fills what is beyond an end with zeros.
 //
 // mma.m16n8k16: lane = 4 g + t holds A (16 x 16) at rows g and g + 8, B (16 x 8) at column g, C at rows g and g + 8,
 // columns 2 t and 2 t + 1. Which dimensions an instruction pairs is free, as long as A and B agree: lane t takes
@@ -14,9 +16,12 @@
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
-#define TILES 4
-#define TILE_SLOTS (8 * TILES)
-#define WARPS 8
+#define WARPS 4
+#define THREADS (32 * WARPS)
+#define COLUMNS 4
+#define SLOTS (8 * COLUMNS)
+#define LINE 8  // uint4 of a vector's 64 dimensions
+#define PITCH 33  // floats of a row of products, where a warp's lanes exchange them
 #define LOWEST __int_as_float(0xff800000)
 
 #ifndef EMULATED  // tests/runtime/emulate_cuda.h has them for a CPU
@@ -26,12 +31,13 @@ __device__ __forceinline__ float larger(float a, float b) {  // NaN wins, so tha
     return c;
 }
 
-__device__ __forceinline__ uint4 load_once(const uint4 *from) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-    return v;
+__device__ __forceinline__ void start_copy(uint4 *to, const uint4 *from, bool real) {  // zeros, and no reading, if not real
+    const u32 at = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(real ? 16 : 0) : "memory");
 }
+__device__ __forceinline__ void end_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LATER>
+__device__ __forceinline__ void wait_for_stage() { asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory"); }
 
 #define MULTIPLY(TYPE) \
     asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
@@ -45,120 +51,129 @@ struct Fp16 {
     static __device__ __forceinline__ void multiply(float *c, uint4 a, u32 b0, u32 b1) { MULTIPLY("f16"); }
 };
 
-__device__ __forceinline__ float largest(float x, int lanes) {  // over neighbouring t
-    for (int step = 1; step < lanes; step *= 2) x = larger(x, __shfl_xor_sync(~0u, x, step));
-    return x;
+// Scores of one tile: `products` are a warp's, 16 rows of PITCH floats, `vectors` of them real, those of whole items. Each lane has
+// a row, and every other vector of it; `best` is what it found in earlier passes over the same item.
+__device__ __forceinline__ float reduce(const float *products, int vectors, float best) {
+#pragma unroll 1
+    for (int i = threadIdx.x % 32 / 16; i < vectors; i += 2) best = larger(best, products[threadIdx.x % 16 * PITCH + i]);
+    return best;
 }
 
-struct Scores {
-    float *at;  // of the tile's first query and the launch's first item
-    u64 stride;
-    int queries, rows;  // from that query on; of each
-
-    // top and low: one item's largest products at rows g and g + 8. All lanes of a warp come here; some have the item.
-    __device__ __forceinline__ void store(float top, float low, int g, bool mine, int item) const {
-        const int above = rows < 8 ? rows : 8;
-        if (rows == 16) top += low;
-        for (int step = 1; step < above; step *= 2) {
-            top += __shfl_xor_sync(~0u, top, 4 * step);
-            low += __shfl_xor_sync(~0u, low, 4 * step);
-        }
-        if (!mine || g % above) return;
-        if (g / rows < queries) at[g / rows * stride + item] = top;
-        if (rows < 16 && (g + 8) / rows < queries) at[(g + 8) / rows * stride + item] = low;
-    }
-};
+// The sum over each query's rows goes to `at`, of the tile's first query; the next query's is `stride` further on.
+__device__ __forceinline__ void store(float *at, u64 stride, int queries, int rows, float best) {
+    const int row = threadIdx.x % 16;
+    best = larger(best, __shfl_xor_sync(~0u, best, 16));
+#pragma unroll 1
+    for (int step = 1; step < rows; step *= 2) best += __shfl_xor_sync(~0u, best, step);
+    if (threadIdx.x % 32 < 16 && row % rows == 0 && row / rows < queries) at[row / rows * stride] = best;
+}
 
 // packed: tiles of `blocks` * 64 uint4. candidates: (items, r_c, 32 * blocks). scores: (queries, stride), this launch's first
-// item at 0. Grid: x counts query tiles, so that blocks that run together read the same candidates; y counts candidates.
-template <class Type>
+// item at 0. Grid: x counts TILES of query tiles, so that blocks that run together read the same candidates; y counts candidates.
+template <class Type, int TILES, int STAGES>
 __device__ __forceinline__ void maxsim(const uint4 *packed, const uint4 *candidates, float *scores, int queries, int rows,
-                                       int items, int r_c, int slots, int blocks, u64 stride, int shared) {
-    extern __shared__ uint4 held[];
-    const uint4 *query = packed + (u64)blockIdx.x * blocks * 64;
-    if (shared) {
-        for (int i = threadIdx.x; i < blocks * 64; i += 32 * WARPS) held[i] = query[i];
-        __syncthreads();
-        query = held;
-    }
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int together = slots <= TILE_SLOTS && TILE_SLOTS % slots == 0 ? TILE_SLOTS / slots : 1;  // items of a warp
-    const u64 start = ((u64)blockIdx.y * WARPS + threadIdx.x / 32) * together;
-    if (start >= items) return;
-    const int first = (int)start, used = together * slots;
-    float top = LOWEST, low = LOWEST, acc[TILES][4];
-    const int query_of_tile = blockIdx.x * (16 / rows);
-    const Scores out = {scores + query_of_tile * stride, stride, queries - query_of_tile, rows};
+                                       int items, int r_c, int blocks, u64 stride) {
+    extern __shared__ uint4 shared[];  // STAGES of TILES * 128 for queries, then 256 a warp
+    const int stage_size = TILES * 128 + WARPS * 256;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int first_tile = blockIdx.x * TILES, tiles = (queries * rows + 15) / 16;
+    const int together = r_c < SLOTS ? SLOTS / r_c : 1, first = (blockIdx.y * WARPS + warp) * together;
+    const int here = first < items ? (items - first < together ? items - first : together) : 0;  // items of this warp
+    const int lines = (blocks + 1) / 2, passes = (together * r_c + SLOTS - 1) / SLOTS;
+    candidates += (u64)first * r_c * (4 * blocks);
 
-    for (int pass = 0; pass < used; pass += TILE_SLOTS) {
-        const uint4 *from[TILES];
-        bool real[TILES];
-        for (int n = 0; n < TILES; n++) {
-            const int slot = pass + 8 * n + g, item = first + slot / slots, vector = slot % slots;
-            real[n] = slot < used && vector < r_c && item < items;
-            from[n] = candidates + ((u64)item * r_c + vector) * (blocks * 4) + t;
-            for (int k = 0; k < 4; k++) acc[n][k] = 0;
-        }
-#pragma unroll 4
-        for (int block = 0; block < blocks; block++) {
-            uint4 b[TILES];
-            for (int n = 0; n < TILES; n++) b[n] = real[n] ? load_once(from[n] + block * 4) : make_uint4(0, 0, 0, 0);
-            const uint4 first_half = query[block * 64 + lane], second_half = query[block * 64 + 32 + lane];
-            for (int n = 0; n < TILES; n++) {
-                Type::multiply(acc[n], first_half, b[n].x, b[n].y);
-                Type::multiply(acc[n], second_half, b[n].z, b[n].w);
-            }
-        }
-        for (int n = 0; n < TILES; n++)
-            for (int e = 0; e < 2; e++) {
-                const int slot = pass + 8 * n + 2 * t + e;
-                if (slot >= used || slot % slots >= r_c) acc[n][e] = acc[n][2 + e] = LOWEST;
-            }
-        if (together == 1) {
-            for (int n = 0; n < TILES; n++) {
-                top = larger(top, larger(acc[n][0], acc[n][1]));
-                low = larger(low, larger(acc[n][2], acc[n][3]));
-            }
-            continue;
-        }
-        if (slots == 1) {
-            for (int n = 0; n < TILES; n++)
-                for (int e = 0; e < 2; e++) {
-                    const int item = first + 8 * n + 2 * t + e;
-                    out.store(acc[n][e], acc[n][2 + e], g, item < items, item);
-                }
-            return;
-        }
-        const int lanes = slots >= 8 ? 4 : slots / 2, span = slots >= 8 ? slots / 8 : 1;  // tiles of an item
-        float tops[TILES], lows[TILES];
+    int next_pass = 0, next_line = 0;
+    auto start_stage = [&](int stage) {
+        if (next_pass == passes) return;
+        uint4 *to = shared + stage * stage_size;
 #pragma unroll
-        for (int n = 0; n < TILES; n++) {
-            tops[n] = larger(acc[n][0], acc[n][1]);
-            lows[n] = larger(acc[n][2], acc[n][3]);
+        for (int i = threadIdx.x; i < TILES * 128; i += THREADS) {
+            const int tile = first_tile + i / 128, block = 2 * next_line + i / 64 % 2;
+            const bool real = tile < tiles && block < blocks;
+            start_copy(to + i, packed + (real ? ((u64)tile * blocks + block) * 64 + i % 64 : 0), real);
         }
+        to += TILES * 128 + warp * 256;
+        const int part = lane % LINE, at = next_line * LINE + part;
 #pragma unroll
-        for (int reach = 1; reach < TILES; reach *= 2)
-#pragma unroll
-            for (int n = 0; n + reach < TILES; n += 2 * reach)
-                if (reach < span) {
-                    tops[n] = larger(tops[n], tops[n + reach]);
-                    lows[n] = larger(lows[n], lows[n + reach]);
-                }
-#pragma unroll
-        for (int n = 0; n < TILES; n++)
-            if (n % span == 0) {
-                const int item = first + (8 * n + 2 * t) / slots;
-                out.store(largest(tops[n], lanes), largest(lows[n], lanes), g, t % lanes == 0 && item < items, item);
-            }
-        return;
+        for (int slot = lane / LINE; slot < SLOTS; slot += 4) {
+            const int vector = next_pass * SLOTS + slot;
+            const bool real = vector < here * r_c && at < 4 * blocks;
+            // Odd slots have their halves exchanged, so that the lanes that read together find different banks.
+            start_copy(to + slot * LINE + (part ^ (slot % 2 * 4)), candidates + (real ? (u64)vector * (4 * blocks) + at : 0), real);
+        }
+        if (++next_line == lines) next_line = 0, next_pass++;
+    };
+#pragma unroll 1
+    for (int stage = 0; stage < STAGES - 1; stage++) {
+        start_stage(stage);
+        end_stage();
     }
-    out.store(largest(top, 4), largest(low, 4), g, t == 0, first);
+
+    float best[TILES], acc[TILES][COLUMNS][4];
+    for (int q = 0; q < TILES; q++) best[q] = LOWEST;
+    int stage = 0;
+    for (int pass = 0; pass < passes; pass++) {
+        for (int q = 0; q < TILES; q++)
+            for (int n = 0; n < COLUMNS; n++)
+                for (int k = 0; k < 4; k++) acc[q][n][k] = 0;
+        uint4 *mine = shared;
+        for (int line = 0; line < lines; line++) {
+            wait_for_stage<STAGES - 2>();
+            __syncthreads();  // all copies are in, and nobody reads the stage before this one any more
+            start_stage(stage == 0 ? STAGES - 1 : stage - 1);
+            end_stage();
+            const uint4 *query = shared + stage * stage_size;
+            mine = shared + stage * stage_size + TILES * 128 + warp * 256;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                uint4 b[COLUMNS];
+#pragma unroll
+                for (int n = 0; n < COLUMNS; n++) b[n] = mine[(8 * n + g) * LINE + ((4 * half + t) ^ (g % 2 * 4))];
+#pragma unroll
+                for (int q = 0; q < TILES; q++) {
+                    const uint4 *a = query + q * 128 + half * 64 + lane;
+                    const uint4 first_half = a[0], second_half = a[32];
+#pragma unroll
+                    for (int n = 0; n < COLUMNS; n++) {
+                        Type::multiply(acc[q][n], first_half, b[n].x, b[n].y);
+                        Type::multiply(acc[q][n], second_half, b[n].z, b[n].w);
+                    }
+                }
+            }
+            stage = stage == STAGES - 1 ? 0 : stage + 1;
+        }
+        float *products = (float *)mine;  // this warp's alone, and read: the next copy to it starts after the next barrier
+#pragma unroll
+        for (int q = 0; q < TILES; q++) {
+            __syncwarp();
+#pragma unroll
+            for (int n = 0; n < COLUMNS; n++)
+                for (int k = 0; k < 4; k++) products[(g + k / 2 * 8) * PITCH + 8 * n + 2 * t + k % 2] = acc[q][n][k];
+            __syncwarp();
+            float *at = scores + (u64)(first_tile + q) * (16 / rows) * stride + first;
+            const int left = queries - (first_tile + q) * (16 / rows);
+            if (together > 1) {
+                for (int item = 0; item < here; item++)
+                    store(at + item, stride, left, rows, reduce(products + item * r_c, r_c, LOWEST));
+                continue;
+            }
+            best[q] = reduce(products, r_c - pass * SLOTS < SLOTS ? r_c - pass * SLOTS : SLOTS, best[q]);
+            if (pass == passes - 1 && here) store(at, stride, left, rows, best[q]);
+        }
+    }
 }
 
-#define KERNEL(NAME, TYPE) \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS) NAME(const uint4 *packed, const uint4 *candidates, float *scores, \
-        int queries, int rows, int items, int r_c, int slots, int blocks, u64 stride, int shared) { \
-        maxsim<TYPE>(packed, candidates, scores, queries, rows, items, r_c, slots, blocks, stride, shared); \
+#define KERNEL(NAME, ...) \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME(const uint4 *packed, const uint4 *candidates, float *scores, \
+        int queries, int rows, int items, int r_c, int blocks, u64 stride) { \
+        maxsim<__VA_ARGS__>(packed, candidates, scores, queries, rows, items, r_c, blocks, stride); \
     }
-KERNEL(maxsim_bf16, Bf16)
-KERNEL(maxsim_fp16, Fp16)
+// Names end in TILES and STAGES; which is used when: VARIANTS in gpu_kernel.py.
+KERNEL(maxsim_bf16_1_3, Bf16, 1, 3)
+KERNEL(maxsim_bf16_1_4, Bf16, 1, 4)
+KERNEL(maxsim_bf16_2_3, Bf16, 2, 3)
+KERNEL(maxsim_bf16_4_3, Bf16, 4, 3)
+KERNEL(maxsim_fp16_1_3, Fp16, 1, 3)
+KERNEL(maxsim_fp16_1_4, Fp16, 1, 4)
+KERNEL(maxsim_fp16_2_3, Fp16, 2, 3)
+KERNEL(maxsim_fp16_4_3, Fp16, 4, 3)

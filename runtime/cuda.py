@@ -18,7 +18,7 @@ from .errors import MetaEmbedError
 
 log = logging.getLogger(__name__)
 _NO_DEVICE, _NOT_FOUND = 100, 500  # CUDA_ERROR_NO_DEVICE, CUDA_ERROR_NOT_FOUND
-_MAJOR, _MINOR, _INTEGRATED, _SHARED_OPTIN = 75, 76, 18, 97  # CUdevice_attribute
+_MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute
 _DYNAMIC_SHARED = 8  # CUfunction_attribute
 _NON_BLOCKING, _THREAD_LOCAL = 1, 1  # CUstream_flags, CUstreamCaptureMode
 _pointer, _size = ctypes.c_void_p, ctypes.c_size_t
@@ -101,11 +101,6 @@ class Cuda:
         total = ctypes.c_size_t()
         self._call("cuDeviceTotalMem_v2", ctypes.byref(total), self._device)
         return total.value
-
-    @property
-    def shared_bytes(self) -> int:
-        """The most shared memory that a block can be given."""
-        return self._attribute(_SHARED_OPTIN)
 
     def use(self) -> None:
         """Make the context current for the calling thread: a session may be run from another than opened it."""

@@ -29,6 +29,7 @@ Floats: TypeAlias = NDArray[np.float32]
 DEFAULT_BATCH = 16
 VISION_INPUTS = {field.name for field in fields(layout.VisionInputs)}
 LANGUAGE_INPUTS = {field.name for field in fields(layout.LanguageInputs)} | {"image_embeddings"}
+PADDED_TO = 16  # positions, where CUDA graphs are recorded: so that few shapes occur
 CHUNK_ITEMS, CHUNK_BYTES = 512, 1 << 28  # inputs prepared at a time, so that a corpus never has to fit in memory
 # Attention scores of one batch in float32, the largest activation of either graph; a session holds about four of them.
 ACTIVATION_BYTES = 1 << 28
@@ -51,10 +52,14 @@ class Encoder:
 
     ``encode_queries`` and ``encode_candidates`` take texts alone, images alone (paths or PIL images), or both, aligned
     item by item (None where an item lacks one), and return L2-normalised float32 in the order given.
+
+    Args:
+        pad_to: prompts of batches without images are padded to multiples of so many positions.
     """
 
-    def __init__(self, bundle: Bundle, vision: Session, language: Session) -> None:
+    def __init__(self, bundle: Bundle, vision: Session, language: Session, *, pad_to: int = 1) -> None:
         self.bundle = bundle
+        self._pad_to = pad_to
         self._vision, self._language = vision, language
         for name, session, inputs in ((VISION, vision, VISION_INPUTS), (LANGUAGE, language, LANGUAGE_INPUTS)):
             if set(session.inputs) != inputs:
@@ -66,16 +71,21 @@ class Encoder:
         self._tokenizer = Tokenizer(bundle.path(TOKENIZER), Template.from_json(bundle.manifest.template))
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: bool = True, threads: int = 0) -> Encoder:
+    def open(cls, folder: str | Path, *, verify: bool = True, threads: int = 0, cuda_graphs: bool = False) -> Encoder:
         """Open a bundle and the best session here. ``verify`` checks every SHA-256 first.
 
+        ``cuda_graphs``: for a server of queries on an NVIDIA GPU, where launches bind a short query. What a batch of texts
+        launches is recorded the second time that its shape comes, and replayed from then on; texts are padded to multiples
+        of 16 tokens, so that shapes repeat. Use such an encoder from one thread at a time.
+
         Raises:
-            UsageError, BundleError: no bundle, or a damaged one.
+            UsageError, BundleError: no bundle, or a damaged one; CUDA graphs, and no NVIDIA GPU that runs it.
         """
         from .open_sessions import open_sessions
 
         bundle = Bundle.open(folder, verify=verify)
-        return cls(bundle, *open_sessions(bundle, (VISION, LANGUAGE), threads=threads))
+        sessions = open_sessions(bundle, (VISION, LANGUAGE), threads=threads, cuda_graphs=cuda_graphs)
+        return cls(bundle, *sessions, pad_to=PADDED_TO if cuda_graphs else 1)
 
     @property
     def fingerprint(self) -> str:
@@ -218,8 +228,14 @@ class Encoder:
             vectors,
             image_token=self._tokenizer.image_id,
             windows=windows,
+            length=None if seen else self._padded(max(len(item.prompt) for item in batch)),
         )
         return self._language.run({**language.feeds(), "image_embeddings": embedded})["embeddings"]
+
+    def _padded(self, length: int) -> int:
+        """Positions for a longest prompt of ``length``, within what an engine's profiles allow."""
+        most = self.bundle.manifest.limits.text_tokens + layout.TEMPLATE_TOKENS
+        return max(length, min(-(-length // self._pad_to) * self._pad_to, most))
 
 
 def align_inputs(

@@ -24,8 +24,10 @@ from .manifest import Bundle
 
 log = logging.getLogger(__name__)
 PTX = Path(__file__).with_name("_maxsim.ptx")  # of _maxsim.cu, whose constants these are
-ROWS, BLOCK, WARPS, WARP_SLOTS = 16, 32, 8, 32
-KERNELS = {np.dtype(ml_dtypes.bfloat16): "maxsim_bf16", np.dtype(np.float16): "maxsim_fp16"}
+ROWS, BLOCK, WARPS, SLOTS = 16, 32, 4, 32
+# Tiles of query vectors in a block, lines under way at once: a kernel for each. Measured on an H200 (bench/results/gpu.jsonl).
+FEW, FEW_LONG, SOME, MANY = VARIANTS = ((1, 3), (1, 4), (2, 3), (4, 3))
+LONG = 2048  # more dimensions than these, and one more line under way is faster
 TYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}
 MOST_BLOCKS = 65535  # of a grid, in y
 FIRST_CAPABILITY = (8, 0)
@@ -46,8 +48,10 @@ class KernelScorer(Scorer):
         self._gpu, self._dtype = gpu, dtype
         gpu.use()
         self._module = gpu.load_module(PTX.read_bytes())
-        self._most_shared = gpu.shared_bytes
-        self._kernel = gpu.find_kernel(self._module, KERNELS[dtype], self._most_shared)
+        self._kernels = {
+            variant: gpu.find_kernel(self._module, kernel_name(dtype, variant), shared_bytes(variant))
+            for variant in VARIANTS
+        }
         self._stream = gpu.create_stream()
         self._queries, self._candidates, self._scores = Buffer(gpu), Buffer(gpu), Buffer(gpu)
 
@@ -130,28 +134,24 @@ class KernelScorer(Scorer):
         each = r_c * dim * self._dtype.itemsize
         if each > memory_bytes:
             raise UsageError(f"a candidate takes {each} bytes; {memory_bytes} are allowed")
-        step = min(memory_bytes // each, MOST_BLOCKS * WARPS * items_of_warp(slots_of(r_c)))
+        step = min(memory_bytes // each, MOST_BLOCKS * WARPS * items_of_warp(r_c))
         return (slice(start, min(start + step, items)) for start in range(0, items, step))
 
     def _launch(self, piece: DeviceArray, tiles: int, queries: int, rows: int, start: int, stride: int) -> None:
         piece.check()
         items, r_c, dim = piece.shape
-        slots = slots_of(r_c)
-        blocks = -(-items // (WARPS * items_of_warp(slots)))
-        tile_bytes = ROWS * dim * self._dtype.itemsize
-        shared = tile_bytes if tile_bytes <= self._most_shared else 0
+        variant = choose_variant(tiles, dim)
         self._gpu.run_kernel(
-            self._kernel,
-            (tiles, blocks),
+            self._kernels[variant],
+            (-(-tiles // variant[0]), -(-items // (WARPS * items_of_warp(r_c)))),
             32 * WARPS,
-            shared,
+            shared_bytes(variant),
             self._stream,
             ctypes.c_void_p(self._queries.address),
             ctypes.c_void_p(piece.address),
             ctypes.c_void_p(self._scores.address + 4 * start),
-            *map(ctypes.c_int, (queries, rows, items, r_c, slots, dim // BLOCK)),
+            *map(ctypes.c_int, (queries, rows, items, r_c, dim // BLOCK)),
             ctypes.c_ulonglong(stride),
-            ctypes.c_int(shared > 0),
         )
 
 
@@ -183,13 +183,25 @@ def rows_of(r_q: int) -> int:
     return min(ROWS, 1 << (r_q - 1).bit_length())
 
 
-def slots_of(r_c: int) -> int:
-    """Columns that an item's vectors take: 1, 2, 4 or a multiple of 8."""
-    return r_c if r_c in (1, 2, 4) else -(-r_c // 8) * 8
+def items_of_warp(r_c: int) -> int:
+    return max(1, SLOTS // r_c)
 
 
-def items_of_warp(slots: int) -> int:
-    return WARP_SLOTS // slots if WARP_SLOTS % slots == 0 else 1
+def choose_variant(tiles: int, dim: int) -> tuple[int, int]:
+    if tiles > 1:
+        return SOME if tiles == 2 else MANY
+    return FEW_LONG if dim > LONG else FEW
+
+
+def shared_bytes(variant: tuple[int, int]) -> int:
+    """Of a block: lines of 64 numbers of its query vectors and of its warps' candidate vectors."""
+    tiles, stages = variant
+    return stages * 2 * 64 * (tiles * ROWS + WARPS * SLOTS)
+
+
+def kernel_name(dtype: np.dtype[Any], variant: tuple[int, int]) -> str:
+    kind = next(kind for kind, known in TYPES.items() if known == dtype)
+    return f"maxsim_{kind}_{variant[0]}_{variant[1]}"
 
 
 def open_kernel(bundle: Bundle) -> KernelScorer | None:

@@ -58,11 +58,14 @@ def plan_attempts(available: Sequence[str], precision: str, graphs: Sequence[str
     return [*attempts, Attempt((CPU,), as_they_are=False)]
 
 
-def provider_options(name: str, manifest: Manifest, graph: str, cache: Path | None) -> Options:
+def provider_options(
+    name: str, manifest: Manifest, graph: str, cache: Path | None, *, cuda_graphs: bool = False
+) -> Options:
     """Options of one provider for one graph; ``cache`` keeps the engines that ONNX Runtime builds."""
     if name == CUDA:
         # Float32 is float32: TensorFloat-32 has 10 bits. Memory grows by what is asked for, not to the next power of two.
-        return {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+        options = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+        return options | ({"enable_cuda_graph": "1"} if cuda_graphs else {})
     return tensorrt_options(manifest, graph, cache) if name == TENSORRT else {}
 
 

@@ -111,7 +111,7 @@ class OrtSession:
         for name in self._outputs:
             self._bind_output(binding, name)
         binding.synchronize_inputs()
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, self._run_options())
         binding.synchronize_outputs()
         del held  # what the inputs are read from
         return [self._output(value) for value in binding.get_outputs()]
@@ -130,6 +130,9 @@ class OrtSession:
     def _check_type(self, name: str, value: Any) -> None:
         if value.dtype != self._inputs.get(name, value.dtype):
             raise UsageError(f"{name} has type {value.dtype}, and the graph takes {self._inputs[name]}")
+
+    def _run_options(self) -> Any:
+        return None
 
     def _bind_output(self, binding: Any, name: str) -> None:
         binding.bind_output(name, "cpu")

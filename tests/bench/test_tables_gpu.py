@@ -10,10 +10,26 @@ def race(contestant, median, **more):
     return common | H200 | {"contestant": contestant, "median_ms": median} | more
 
 
-def test_the_race_has_a_row_an_input_and_the_best_of_pytorch_over_ours():
+def test_the_race_has_a_row_an_input_and_the_best_of_pytorch_over_each_of_ours():
     table = make_gpu_race([race("bundle bf16", 9.0), race("bundle bf16", 10.0, gpu_mib=2048), race("HF SDPA", 25.0),
+                           race("bundle bf16, CUDA graphs", 6.0, gpu_mib=3072),
                            race("torch.compile", 15.0), race("HF SDPA, 80 rows", 0, error="no memory")])  # fmt: skip
-    assert table.rows == (("NVIDIA H200", "3b bf16, opset 20, text", "10.0 (2.0)", "25.0", "15.0", "cannot", "1.50"),)
+    assert table.rows == (
+        ("NVIDIA H200", "3b bf16, opset 20, text", "10.0 (2.0)", "6.0 (3.0)", "25.0", "15.0", "cannot", "1.50", "2.50"),
+    )
+
+
+def test_columns_for_recorded_runs_are_there_where_one_was_measured():
+    rows = [race("bundle bf16", 10.0), race("HF SDPA", 25.0)]
+    without, beside = make_gpu_race(rows), make_gpu_race([*rows, race("bundle bf16, CUDA graphs", 5.0, input="image")])
+    assert without.head == ("GPU", "model, input", "bundle", "HF SDPA", "ratio")
+    assert beside.head == (
+        "GPU", "model, input", "bundle", "bundle, CUDA graphs", "HF SDPA", "ratio", "ratio, CUDA graphs"
+    )  # fmt: skip
+    assert beside.rows == (
+        ("NVIDIA H200", "3b bf16, opset 20, text", "10.0", "", "25.0", "2.50", ""),
+        ("NVIDIA H200", "3b bf16, opset 20, image", "", "5.0", "", "", ""),
+    )
 
 
 def test_scoring_has_a_column_for_each_means_and_ratios_against_what_computes_the_same():

@@ -20,7 +20,7 @@ int cuInit(unsigned flags) { return getenv("STUB_INIT") ? atoi(getenv("STUB_INIT
 int cuDeviceGet(int *device, int ordinal) { *device = 3; return ordinal == 0 ? 0 : 101; }
 int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "Stub GPU", size); return CHECK(device == 3); }
 int cuDeviceGetAttribute(int *value, int which, int device) {
-    *value = which == 75 ? 8 : which == 76 ? 7 : which == 18 ? 1 : which == 97 ? 166912 : -1;
+    *value = which == 75 ? 8 : which == 76 ? 7 : which == 18 ? 1 : -1;
     return CHECK(device == 3);
 }
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = 64ULL << 30; return CHECK(device == 3); }
@@ -62,7 +62,7 @@ int cuModuleGetFunction(void **function, void *module, const char *name) {
     return strcmp(name, "maxsim") ? 500 : CHECK(module == MODULE);
 }
 int cuModuleUnload(void *module) { return CHECK(module == MODULE); }
-int cuFuncSetAttribute(void *function, int which, int value) { return CHECK(function == KERNEL && which == 8 && value == 166912); }
+int cuFuncSetAttribute(void *function, int which, int value) { return CHECK(function == KERNEL && which == 8 && value == 65536); }
 // The kernel that runs: it writes its second argument to where its first one points.
 int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty, unsigned tz, unsigned shared,
                    void *stream, void **arguments, void **extra) {

@@ -14,18 +14,19 @@ import pytest
 from metaembed.runtime import gpu_kernel
 from metaembed.runtime.cuda import find_gpu
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.gpu_kernel import KERNELS, PTX, TYPES, KernelScorer, open_kernel
+from metaembed.runtime.gpu_kernel import FEW, PTX, TYPES, VARIANTS, KernelScorer, kernel_name, open_kernel, shared_bytes
 from metaembed.runtime.manifest import Bundle
 
 SOURCE = Path(__file__).parents[2] / "runtime" / "_maxsim.cu"
 COMPILER = shutil.which("g++") or shutil.which("c++")
 STREAM = 7
+NAMES = [kernel_name(dtype, variant) for dtype in TYPES.values() for variant in VARIANTS]
 
 
 class EmulatedGpu:
     """Host memory by address, and the kernel compiled for the CPU."""
 
-    name, capability, shared_bytes = "emulated", (8, 0), 1 << 17
+    name, capability = "emulated", (8, 0)
 
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
@@ -70,7 +71,7 @@ class EmulatedGpu:
         return getattr(self.library, f"emulated_{name}")
 
     def run_kernel(self, kernel, grid, threads, shared_bytes, stream, *arguments):
-        assert (threads, stream) == (256, STREAM)
+        assert (threads, stream) == (128, STREAM)
         self.launched.append((*grid, shared_bytes))
         kernel(ctypes.c_int(grid[0]), ctypes.c_int(grid[1]), *arguments)
         assert ctypes.c_int.in_dll(self.library, "stray_reads").value == 0, "it read beyond the candidates"
@@ -83,7 +84,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kernel")
     (folder / "kernel.cpp").write_text(
         f'#include "{Path(__file__).with_name("emulate_cuda.h")}"\n#include "{SOURCE}"\n'
-        "EMULATE(emulated_maxsim_bf16, maxsim_bf16)\nEMULATE(emulated_maxsim_fp16, maxsim_fp16)\n"
+        + "\n".join(f"EMULATE(emulated_{name}, {name})" for name in NAMES)
     )
     command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", "kernel.cpp", "-o", "kernel.so"]
     built = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -143,7 +144,17 @@ def test_the_kernel_gives_maxsim(gpu: EmulatedGpu, shape: tuple[int, int, int, i
             np.testing.assert_allclose(scorer.scores(queries, given), judge(queries, candidates), atol=1e-6 * r_q)
         placed.free()
     assert gpu.memory == {}
-    assert all(shared == 16 * 64 * 2 for _, _, shared in gpu.launched)
+
+
+@pytest.mark.parametrize("long", [300, 400], ids=["four lines", "three lines"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_vectors_stream_through_shared_memory(gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch, count: int, long: int):
+    """Six lines, the last half full, twice and once: more than are ever under way."""
+    monkeypatch.setattr(gpu_kernel, "LONG", long)
+    with KernelScorer(gpu, TYPES["bf16"]) as scorer:
+        for r_c in (41, 6):
+            queries, candidates = draw((count, 16, 352), "bf16"), draw((9, r_c, 352), "bf16", seed=1)
+            np.testing.assert_allclose(scorer.scores(queries, candidates), judge(queries, candidates), atol=2e-5)
 
 
 def test_several_blocks_pieces_and_queries_each_write_their_own_scores(
@@ -159,15 +170,7 @@ def test_several_blocks_pieces_and_queries_each_write_their_own_scores(
             got = scorer.scores(queries, given, **options)
             np.testing.assert_allclose(got, judge(queries, candidates), atol=1e-6)
         placed.free()
-    assert gpu.launched[:2] == [(1, 2, 1024), (1, 1, 1024)]
-
-
-def test_where_shared_memory_is_too_small_queries_are_read_from_the_gpu(gpu: EmulatedGpu):
-    gpu.shared_bytes = 1000
-    queries, candidates = draw((1, 4, 64), "bf16"), draw((6, 4, 64), "bf16", seed=1)
-    with KernelScorer(gpu, TYPES["bf16"]) as scorer:
-        np.testing.assert_allclose(scorer.scores(queries, candidates), judge(queries, candidates), atol=1e-6)
-    assert [shared for _, _, shared in gpu.launched] == [0]
+    assert gpu.launched[:2] == [(1, 3, shared_bytes(FEW)), (1, 1, shared_bytes(FEW))]  # 128 vectors a block
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -197,7 +200,7 @@ def test_the_ptx_is_of_this_source():
 
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
     assert PTX.read_text().splitlines()[0] == f"// _maxsim.cu {digest}", "compile it again: see CONTRIBUTING.md"
-    assert all(f".entry {name}(" in PTX.read_text() for name in KERNELS.values())
+    assert all(f".entry {name}(" in PTX.read_text() for name in NAMES)
 
 
 def test_float32_bundles_are_not_for_the_kernel(demo_bundle: Path):

@@ -135,6 +135,18 @@ def test_on_a_gpu_the_golden_vectors_come_back_through_a_provider_of_nvidia(demo
     check_bundle(Encoder(bundle, *sessions)).require()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(find_gpu() is None or CUDA not in available_providers(), reason="needs onnxruntime-gpu and a GPU")
+def test_on_a_gpu_recorded_queries_are_those_of_runs_as_usual(demo_bundle: Path):
+    from metaembed.runtime.encoder import Encoder
+
+    texts = ["a red circle", "two blue squares", "a page of stars", "words", "none"] * 2
+    with Encoder.open(demo_bundle) as plain, Encoder.open(demo_bundle, cuda_graphs=True) as recorded:
+        for text in texts:
+            np.testing.assert_allclose(recorded.encode_queries([text]), plain.encode_queries([text]), atol=1e-5)
+        assert recorded._language._recorded
+
+
 @pytest.fixture
 def bf16_identity(tmp_path: Path) -> OrtSession:
     onnx = pytest.importorskip("onnx")

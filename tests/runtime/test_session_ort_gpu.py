@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from metaembed.runtime import open_sessions as open_sessions_module
+from metaembed.runtime import session_ort_gpu
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.errors import MetaEmbedError, UsageError
 from metaembed.runtime.graph_maxsim import Scorer
@@ -88,6 +90,52 @@ def test_placed_candidates_are_scored_where_they_lie_and_freed(demo_bundle: Path
         assert gpu.copied_in == values.nbytes
         placed.free()
     assert gpu.memory == {}
+
+
+def test_what_repeats_in_shape_runs_from_and_to_the_same_places(demo_bundle: Path, gpu: HostGpu):
+    """What a CUDA graph needs; that it is one, and faster, ``pytest -m gpu tests/runtime/test_providers.py`` and the bench show."""
+    bundle = Bundle.open(demo_bundle, verify=False)
+    texts = ["one", "other", "third", "words of another length", "fourth", "fifth"]
+    language = on_device(bundle.path(LANGUAGE), gpu, cuda_graphs=True)
+    vision = on_device(bundle.path(VISION), gpu, keep_on_device=True)
+    with Encoder.open(demo_bundle, verify=False) as plain, Encoder(bundle, vision, language, pad_to=16) as encoder:
+        expected = [plain.encode_queries([text]) for text in texts]
+        got = [encoder.encode_queries([text]) for text in texts]
+        for mine, other in zip(got, expected, strict=True):
+            np.testing.assert_allclose(mine, other, atol=2e-6)
+        image = Image.new("RGB", (56, 56), "teal")
+        for _ in range(3):  # embeddings that lie on the GPU: as usual
+            held = len(gpu.memory)
+            np.testing.assert_array_equal(
+                encoder.encode_candidates(images=[image]), plain.encode_candidates(images=[image])
+            )
+            assert len(gpu.memory) == held
+        assert gpu.memory
+    assert gpu.memory == {}
+
+
+def test_only_so_many_shapes_are_recorded(bf16_identity: Path, gpu: HostGpu, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(session_ort_gpu, "MOST_RECORDED", 2)
+    session = on_device(bf16_identity, gpu, cuda_graphs=True)
+    buffers = []
+    for rows in (1, 2, 3):
+        for value in (1, 2, 3):
+            given = np.full((rows, 3), value, ml_dtypes.bfloat16)
+            np.testing.assert_array_equal(session.run({"x": given})["y"].astype(float), given.astype(float))
+        buffers.append(len(gpu.memory))
+    assert buffers == [4, 8, 8]  # an input and an output, on either side
+    with pytest.raises(UsageError, match="float32"):
+        session.run({"x": np.ones((1, 3), np.float32)})
+    session.close()
+    assert gpu.memory == {}
+    with pytest.raises(UsageError, match="closed"):
+        session.run({"x": given})
+
+
+def test_cuda_graphs_without_a_gpu_are_refused(demo_bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(open_sessions_module, "find_gpu", lambda: None)
+    with pytest.raises(UsageError, match="CUDA graphs record what runs on an NVIDIA GPU; here it is ONNX Runtime"):
+        Encoder.open(demo_bundle, verify=False, cuda_graphs=True)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from metaembed.calibration.linears import HEAD, find_groups, load_graphs
 from metaembed.calibration.recipe import Recipe
 from metaembed.calibration.sessions import ExactSession
+from metaembed.runtime.budget import Budget
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.manifest import Bundle
@@ -27,7 +28,8 @@ from metaembed.runtime.maxsim import maxsim
 from metaembed.runtime.parity import TOLERANCES, compare, compare_rankings
 from metaembed.runtime.tensors import META_TABLE, TOKEN_TABLE, expected_tensors
 
-from .metrics import ndcg
+from .metrics import Relevant, ndcg_per_query
+from .quality import confidence_interval
 from .scenes_queries import Split
 from .scenes_render import render
 
@@ -48,23 +50,50 @@ def embed_split(encoder: Encoder, split: Split) -> Embeddings:
 
 
 def measure_quality(
-    split: Split, reference: Embeddings, found: Embeddings, bundle: Bundle, kind: str
+    relevant: Sequence[Relevant],
+    reference: Sequence[Embeddings],
+    found: Sequence[Embeddings],
+    budgets: Sequence[Budget],
+    kind: str,
 ) -> Iterator[dict[str, Any]]:
-    """One record a budget: nDCG@5 beside the reference's, the worst vector, top-10 overlap."""
-    relevant = [split.relevant(query) for query in split.queries]
-    for budget in bundle.manifest.budgets:
-        (qr, cr), (qf, cf) = (
-            (queries[:, : budget.query], candidates[:, : budget.candidate])
-            for queries, candidates in (reference, found)
-        )
-        wanted, scores = maxsim(qr, cr), maxsim(qf, cf)
-        tolerance = TOLERANCES[kind]
+    """One record a budget, over one or more splits: nDCG@5 beside the reference's, the worst vector, top-10 overlap.
+
+    ``ndcg_change_low`` and ``_high`` are the 95 % bootstrap interval of the change, paired over the queries of all splits.
+
+    Args:
+        relevant: for each split and query, the indexes of its relevant candidates.
+        reference: for each split, the float model's embeddings; ``found``: the quantised model's, aligned.
+    """
+    tolerance = TOLERANCES[kind]
+    for budget in budgets:
+        gained: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
+        cosines, overlaps = [], []
+        for wanted_first, (queries, candidates), (own_queries, own_candidates) in zip(
+            relevant, reference, found, strict=True
+        ):
+            pairs = [
+                (float_side[:, :vectors], own_side[:, :vectors])
+                for float_side, own_side, vectors in (
+                    (queries, own_queries, budget.query),
+                    (candidates, own_candidates, budget.candidate),
+                )
+            ]
+            wanted, scores = (maxsim(*sides) for sides in zip(*pairs, strict=True))
+            gained.append((ndcg_per_query(wanted, wanted_first), ndcg_per_query(scores, wanted_first)))
+            cosines += [compare(*pair, tolerance).min_cosine for pair in pairs]
+            overlaps.append(compare_rankings(wanted, scores, tolerance))
+        before, after = (np.concatenate(values) for values in zip(*gained, strict=True))
+        low, high = confidence_interval(after - before)
         yield {
             "budget": str(budget),
-            "ndcg_at_5": round(ndcg(scores, relevant), 4),
-            "ndcg_at_5_fp32": round(ndcg(wanted, relevant), 4),
-            "worst_cosine": round(min(compare(a, b, tolerance).min_cosine for a, b in ((qr, qf), (cr, cf))), 5),
-            "top10_overlap": round(compare_rankings(wanted, scores, tolerance).overlap, 4),
+            "ndcg_at_5": round(float(after.mean()), 4),
+            "ndcg_at_5_fp32": round(float(before.mean()), 4),
+            "ndcg_change_low": round(low, 4),
+            "ndcg_change_high": round(high, 4),
+            "worst_cosine": round(min(cosines), 5),
+            "top10_overlap": round(
+                float(np.average([o.overlap for o in overlaps], weights=[o.queries for o in overlaps])), 4
+            ),
         }
 
 

@@ -36,7 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--modelopt-python", type=Path, metavar="PYTHON", help="also quantise with NVIDIA ModelOpt: the Python of an "
         "environment of its own, with nvidia-modelopt[onnx]")  # fmt: skip
     add("--count", type=int, default=500, metavar="N", help="candidate pages of the test split (default: 500)")
-    add("--seed", type=natural, default=0, help="seed of the test split (default: 0)")
+    add(
+        "--seed",
+        type=natural,
+        action="append",
+        metavar="N",
+        help="seed of a test split; repeatable, for more queries (default: 0)",
+    )
     add("--samples", type=int, default=128, metavar="N", help="calibration items of the other tools (default: 128)")
     add("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: one per core)")
@@ -118,10 +124,12 @@ def measure_contenders(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "name at least one bundle that metaembed-calibrate made: its recipe says what each Linear weighs"
         )
     shares = shares_of_linears(source.folder, Recipe.load(recipes[0]))
-    split = make_split("test", args.seed, scenes=args.count, queries=(args.count // 4,) * 3)
-    common = {"test_seed": args.seed, "candidates": args.count, "queries": 3 * (args.count // 4)}
+    seeds = args.seed or [0]
+    splits = [make_split("test", seed, scenes=args.count, queries=(args.count // 4,) * 3) for seed in seeds]
+    relevant = [[split.relevant(query) for query in split.queries] for split in splits]
+    common = {"test_seed": ", ".join(map(str, seeds)), "candidates": args.count, "queries": sum(map(len, relevant))}
     with exact_encoder(source, source.folder, args.threads) as encoder:
-        reference = embed_split(encoder, split)
+        reference = [embed_split(encoder, split) for split in splits]
     with tempfile.TemporaryDirectory() as scratch:
         contenders: dict[str, Path | str] = {folder.name: folder for folder in (*own, *args.graphs)}
         contenders |= _competitors(source, args, Path(scratch))
@@ -135,8 +143,8 @@ def measure_contenders(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if folder in own:
                 head |= {"weight_bytes": weight_bytes(folder), "weight_bytes_source": weight_bytes(source.folder)}
             with exact_encoder(source, folder, args.threads) as encoder:
-                found = embed_split(encoder, split)
-            for record in measure_quality(split, reference, found, source, kind):
+                found = [embed_split(encoder, split) for split in splits]
+            for record in measure_quality(relevant, reference, found, source.manifest.budgets, kind):
                 yield {**head, **record}
 
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> int:
-    from .records import read_records
+    from .records import read_records, replace_text
     from .report_tables import fill_tables
 
     records, stale = read_records([args.records]), []
@@ -37,7 +37,7 @@ def work(args: argparse.Namespace) -> int:
         if filled != text:
             stale.append(path)
             if not args.check:
-                path.write_text(filled, encoding="utf-8")
+                replace_text(path, filled)
     for path in stale:
         print(f"{path}: {'differs from the records' if args.check else 'written'}")
     return EXIT_FAILED if stale and args.check else 0

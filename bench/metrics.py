@@ -10,7 +10,12 @@ Relevant = Sequence[Collection[int]]
 
 
 def ndcg(scores: np.ndarray, relevant: Relevant, cutoff: int = 5) -> float:
-    """Mean nDCG at the cutoff: gain 1 over log2(rank + 1), over the best possible (Jarvelin and Kekalainen, 2002).
+    """Mean of ``ndcg_per_query``."""
+    return float(ndcg_per_query(scores, relevant, cutoff).mean())
+
+
+def ndcg_per_query(scores: np.ndarray, relevant: Relevant, cutoff: int = 5) -> np.ndarray:
+    """nDCG at the cutoff, (queries,): gain 1 over log2(rank + 1), over the best possible (Jarvelin and Kekalainen, 2002).
 
     Args:
         scores: (queries, candidates), higher is better.
@@ -19,7 +24,7 @@ def ndcg(scores: np.ndarray, relevant: Relevant, cutoff: int = 5) -> float:
     discounts = 1 / np.log2(np.arange(2, cutoff + 2))
     hits, counts = _hits(scores, relevant, cutoff)
     ideal = np.array([discounts[:count].sum() for count in counts])
-    return float(((hits * discounts[: hits.shape[1]]).sum(1) / ideal).mean())
+    return (hits * discounts[: hits.shape[1]]).sum(1) / ideal
 
 
 def recall(scores: np.ndarray, relevant: Relevant, cutoff: int) -> float:

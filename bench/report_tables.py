@@ -168,6 +168,10 @@ def _partly(record: Record) -> bool:
     return bool(record["engines_built"] < record["engines"])
 
 
+def _ndcg_change(run: Record) -> float:
+    return run["ndcg_at_5"] - run["ndcg_at_5_fp32"]
+
+
 def make_calibration(records: Sequence[Record]) -> Table | None:
     """A row a contender: the worst of all budgets, and what it took."""
     found = of_kind(records, "calibration", "contender", "budget")
@@ -179,7 +183,7 @@ def make_calibration(records: Sequence[Record]) -> Table | None:
             rows.append((name, "cannot", "", "", "", ""))
             continue
         worst = min(runs, key=lambda run: run["worst_cosine"])
-        change = min(run["ndcg_at_5"] - run["ndcg_at_5_fp32"] for run in runs)
+        most = min(runs, key=_ndcg_change)
         heavy = runs[-1].get("weight_bytes")
         rows.append(
             (
@@ -187,7 +191,12 @@ def make_calibration(records: Sequence[Record]) -> Table | None:
                 f"{runs[-1]['share_of_linear_multiplies']:.1%}",
                 f"{worst['worst_cosine']:.4f}",
                 f"{min(run['top10_overlap'] for run in runs):.3f}",
-                f"{change:+.4f}",
+                f"{_ndcg_change(most):+.4f}"
+                + (
+                    f" ({most['ndcg_change_low']:+.4f} to {most['ndcg_change_high']:+.4f})"
+                    if "ndcg_change_low" in most
+                    else ""
+                ),
                 f"{heavy / runs[-1]['weight_bytes_source']:.3f}" if heavy else "",
             )
         )
@@ -195,9 +204,10 @@ def make_calibration(records: Sequence[Record]) -> Table | None:
     if not measured:
         return None
     last = measured[-1]
+    seeds = f"test seed{'s' if ',' in str(last['test_seed']) else ''} {last['test_seed']}"
     note = (
-        f"Worst over {len(group(measured, 'budget'))} budgets on {last['queries']} queries and {last['candidates']} candidates, "
-        f"test seed {last['test_seed']}; weights against {last['artefact']}."
+        f"Worst over {len(group(measured, 'budget'))} budgets on {last['queries']:,} queries, each of {last['candidates']} "
+        f"candidates, {seeds}; changes with their 95 % interval, paired over the queries; weights against {last['artefact']}."
     )
     head = ("quantiser", "Linear work quantised", "worst vector's cosine", "top-10 overlap", "nDCG@5 change", "weights")
     return Table(head, tuple(rows), note)

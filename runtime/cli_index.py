@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .command import EXIT_FAILED, Parser, progress, run_command
+from .command import EXIT_FAILED, Parser, counted, progress, run_command
 
 EPILOG = """DATA is a folder of images, or a JSONL file: one object a line with "id", "text" and "image" (a path relative to
 the file; one of the two is enough); other fields are kept, returned by searches and can be filtered by.
@@ -82,7 +82,7 @@ def _build(args: argparse.Namespace) -> int:
                              track=lambda work: progress(work, "indexing", quiet=args.quiet))  # fmt: skip
         description = encoder.description
     if not args.quiet:
-        print(f"{report.added} items added to {args.output} ({report.items_per_s:.1f} items/s, {description}), "
+        print(f"{counted(report.added, 'item')} added to {args.output} ({report.items_per_s:.1f} items/s, {description}), "
               f"{report.known} were there, {len(report.unreadable)} unreadable")  # fmt: skip
     return EXIT_FAILED if report.unreadable else 0
 
@@ -93,7 +93,9 @@ def _info(args: argparse.Namespace) -> int:
     with Index.open(args.index) as index:
         snapshot, layout = index.snapshot(), index.layout
         held = index.stored_items()
-        print(f"{len(snapshot)} items in {len(snapshot.parts)} segments, {held - len(snapshot)} deleted")
+        print(
+            f"{counted(len(snapshot), 'item')} in {counted(len(snapshot.parts), 'segment')}, {held - len(snapshot):,} deleted"
+        )
         print(f"{layout.vectors} vectors of {layout.dims} dims ({layout.storage}), groups end at {layout.ends}")
         print(f"{held * layout.item_bytes / 2**30:.3f} GiB of vectors; made with {index.bundle}")
     return 0
@@ -107,7 +109,7 @@ def _verify(args: argparse.Namespace) -> int:
         for damage in damages:
             print(damage)
         if not damages and not args.quiet:
-            print(f"sound: {len(index)} items")
+            print(f"sound: {counted(len(index), 'item')}")
     return EXIT_FAILED if damages else 0
 
 
@@ -119,7 +121,7 @@ def _delete(args: argparse.Namespace) -> int:
         missing = [id_ for id_ in args.ids if id_ not in known]
         count = writer.delete(args.ids)
     if not args.quiet:
-        print(f"{count} items deleted")
+        print(f"{counted(count, 'item')} deleted")
     for id_ in missing:
         print(f"metaembed-index delete: {id_!r} is not in {args.index}", file=sys.stderr)
     return EXIT_FAILED if missing else 0
@@ -131,7 +133,7 @@ def _compact(args: argparse.Namespace) -> int:
     with IndexWriter(args.index) as writer:
         count = writer.compact()
     if not args.quiet:
-        print(f"{count} segments rewritten")
+        print(f"{counted(count, 'segment')} rewritten")
     return 0
 
 

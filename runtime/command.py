@@ -45,6 +45,11 @@ def natural(text: str) -> int:
 natural.__name__ = "number from 0 on"  # argparse prints it
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 item``, ``2,000 items``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def run_command(
     parser: Parser, work: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None = None
 ) -> int:

@@ -97,7 +97,7 @@ def test_resume_adds_what_is_new_and_update_replaces(demo_bundle, data, tmp_path
     assert "exists; give --resume" in refused(capsys, cli_index.main, *command)
     lines.write_text('{"id": "b", "text": "other"}\n{"id": "c", "text": "three"}\n')
     assert cli_index.main([*command, "--resume"]) == 0
-    assert "1 items added" in capsys.readouterr().out
+    assert "1 item added" in capsys.readouterr().out
     before = searched(capsys, folder, "other")
     assert cli_index.main([*command, "--update"]) == 0
     after = searched(capsys, folder, "other")
@@ -154,7 +154,7 @@ def test_info_verify_delete_compact(demo_bundle, index, tmp_path, capsys):
     folder = tmp_path / "index"
     shutil.copytree(index, folder)
     assert cli_index.main(["info", str(folder)]) == 0
-    assert "8 items in 1 segments, 0 deleted" in capsys.readouterr().out
+    assert "8 items in 1 segment, 0 deleted" in capsys.readouterr().out
     assert "'nobody' is not in" in refused(capsys, cli_index.main, "delete", folder, "image0", "nobody", code=1)
     assert cli_index.main(["compact", str(folder)]) == 0
     assert cli_index.main(["verify", str(folder)]) == 0

@@ -142,7 +142,7 @@ def test_info_counts_what_is_deleted_until_it_is_compacted(tmp_path, capsys):
     for deleted in (1, 0):
         capsys.readouterr()
         assert cli_index.main(["info", str(folder)]) == 0
-        assert f"1 items in 1 segments, {deleted} deleted" in capsys.readouterr().out
+        assert f"1 item in 1 segment, {deleted} deleted" in capsys.readouterr().out
         compact(folder)
 
 

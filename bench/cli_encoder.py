@@ -53,9 +53,10 @@ def work(args: argparse.Namespace) -> None:
     if not cases:
         raise UsageError(f"no input is called {args.only!r}; there are {', '.join(case.name for case in CASES)}")
     with _models(args) as (bundle, checkpoint, int8, model):
-        contestants = [one for one in line_up(args, bundle, checkpoint, int8) if one.name not in args.skip]
-        note = (lambda text: None) if args.quiet else (lambda text: print(f"{text} ...", file=sys.stderr))
         manifest = Bundle.open(bundle, verify=False).manifest
+        contestants = line_up(args, bundle, manifest.precision, checkpoint, int8)
+        contestants = [one for one in contestants if one.name not in args.skip]
+        note = (lambda text: None) if args.quiet else (lambda text: print(f"{text} ...", file=sys.stderr))
         kind, common = "encoder_gpu" if args.gpu else "encoder", {"model": model, "precision": manifest.precision}
         if args.gpu:
             common["opset"] = manifest.opset
@@ -75,17 +76,14 @@ def check_same(measured: list[dict], most: float = SAME["fp32"]) -> None:
         raise BundleError("the contestants' vectors differ: --checkpoint is not what the bundle was exported from")
 
 
-def line_up(args: argparse.Namespace, bundle: Path, checkpoint: Path, int8: Path | None) -> list:
+def line_up(args: argparse.Namespace, bundle: Path, precision: str, checkpoint: Path, int8: Path | None) -> list:
     """Our bundle first: the others' vectors are compared with its own."""
-    from metaembed.runtime.manifest import Bundle
-
     from .contestants import build_bundle
     from .contestants_torch import build_hf
     from .encoder import Contestant
 
     hf = {"checkpoint": checkpoint, "bundle": bundle, "threads": args.threads}
     if args.gpu:
-        precision = Bundle.open(bundle, verify=False).manifest.precision
         hf |= {"device": "cuda", "dtype": TORCH_TYPES[precision]}
         return [
             Contestant(f"bundle {precision}", build_bundle, {"folder": bundle, "threads": args.threads, "gpu": True}),

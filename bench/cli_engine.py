@@ -4,7 +4,6 @@ side, and scoring."""
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -30,9 +29,9 @@ from metaembed.runtime.open_sessions import open_sessions
 from metaembed.runtime.session import DeviceSession, Session
 
 from .records import append_records, check_output, make_record
-from .timing import time_interleaved
+from .timing import percentiles, time_interleaved
 
-WARM_UP, RUNS = 5, 50
+WARMUP, RUNS = 5, 50
 TEXT_TOKENS = 32
 CANDIDATE_MIB = 1024
 
@@ -146,13 +145,19 @@ def measure_engines(
         return np.asarray(vision.run(images.feeds())["image_embeddings"])
 
     limit = _limit(device, kind, batch * vision_flops(geometry.vision, grid[0] * grid[1]), tower)
-    yield {"graph": VISION, "image_tokens": grid[0] * grid[1] // 4, **common, **time_runs(see, runs), **limit}
+    yield {
+        "graph": VISION,
+        "image_tokens": grid[0] * grid[1] // 4,
+        **common,
+        **percentiles(see, rounds=runs, warmup=WARMUP),
+        **limit,
+    }
     embedded = vision.run(images.feeds())["image_embeddings"]  # stays on the GPU, as it does when an encoder runs
     sides = {(side, getattr(budget, side)) for budget in bundle.manifest.budgets for side in ("query", "candidate")}
     for side, vectors in sorted(sides):
         feeds = _language_feeds(bundle, side, vectors, batch, grid, images.patches.shape[1], embedded)
         tokens = int(feeds["token_ids"].shape[1])
-        times = time_runs(lambda feeds=feeds: language.run(feeds)["embeddings"], runs)
+        times = percentiles(lambda feeds=feeds: language.run(feeds)["embeddings"], rounds=runs, warmup=WARMUP)
         limit = _limit(device, kind, batch * language_flops(geometry.text, tokens, vectors), decoder)
         yield {"graph": LANGUAGE, "side": side, "vectors": vectors, "positions": tokens, **common, **times, **limit}
 
@@ -188,7 +193,7 @@ def measure_scorer(
                     name: partial(one.scores, query, placed) for name, one, placed in held
                 } | torch_maxsim(query, values)
                 here = {"host": partial(scorer.scores, query, values), "cpu": partial(maxsim, query, values)}
-                timed = time_interleaved(ways | (here if count == 1 else {}), rounds=runs, warmup=WARM_UP)
+                timed = time_interleaved(ways | (here if count == 1 else {}), rounds=runs, warmup=WARMUP)
                 flops = count * scoring_flops(bundle.manifest.geometry, budget, items)
                 for place, times in timed.items():
                     yield {
@@ -245,18 +250,6 @@ def _device_here() -> Device | None:
         return device_here()
     except UsageError:
         return None
-
-
-def time_runs(run: Callable[[], object], runs: int) -> dict[str, float]:
-    """Percentiles in milliseconds, after a warm-up."""
-    for _ in range(WARM_UP):
-        run()
-    taken = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        run()
-        taken.append((time.perf_counter() - start) * 1e3)
-    return {f"p{rank}_ms": round(float(np.percentile(taken, rank)), 3) for rank in (50, 90, 99)}
 
 
 def _square_grid(bundle: Bundle) -> tuple[int, int]:

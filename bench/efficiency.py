@@ -13,6 +13,7 @@ from metaembed.runtime.cost import index_bytes, scoring_flops, weight_bytes_read
 from metaembed.runtime.devices import Device, find_device
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.maxsim import maxsim
+from metaembed.runtime.memory import GIB
 from metaembed.runtime.plan import cost_inputs
 
 from .records import Record
@@ -90,7 +91,7 @@ def measure_scoring(name: str, geometry: Geometry, limits: Record, *, rounds: in
             "budget": str(budget),
             "candidates": count,
             "gflop": flops / 1e9,
-            "index_gib": nbytes / 2**30,
+            "index_gib": nbytes / GIB,
             **timing.to_json(),
             "limit_ms": max(compute, memory),
             "bound_by": "compute" if compute > memory else "memory",
@@ -108,7 +109,7 @@ def _scoring_cost(name: str, geometry: Geometry, budget: Budget, devices: Sequen
         "budget": str(budget),
         "candidates": CANDIDATES,
         "gflop": flops / 1e9,
-        "index_gib": nbytes / 2**30,
+        "index_gib": nbytes / GIB,
         "limit_ms": {device.name: device.limit_ms("bf16", flops, nbytes) for device in devices},
         "reported": dict(zip(("gflop", "index_gib", "ms"), reported, strict=True)) if reported else None,
     }

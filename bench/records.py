@@ -18,6 +18,7 @@ from typing import Any
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.manifest import MANIFEST, Bundle, FileRecord
 from metaembed.runtime.maxsim_native import describe_kernels
+from metaembed.runtime.memory import GIB
 
 Record = dict[str, Any]
 
@@ -130,7 +131,7 @@ def describe_machine() -> Record:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "kernels": describe_kernels(),
-        "memory_gib": round(memory / 2**30, 1),
+        "memory_gib": round(memory / GIB, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "gpu": _gpu_name(),
     }

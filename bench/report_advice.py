@@ -9,8 +9,8 @@ from metaembed.runtime.advise_report import describe_option, explain_nothing, qu
 from metaembed.runtime.budget import TRAINED_GROUPS, Budget
 from metaembed.runtime.devices import find_device
 from metaembed.runtime.known_models import KNOWN
+from metaembed.runtime.memory import GIB
 from metaembed.runtime.plan import make_plan
-from metaembed.runtime.plan_device import GIB
 from metaembed.runtime.quality_curve import QualityCurve, curve_of
 
 from .records import Record

@@ -12,6 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from metaembed.runtime.memory import GIB
 from metaembed.runtime.parity import TOLERANCES
 
 from .records import Record, group, of_kind
@@ -122,7 +123,7 @@ def draw_roofline(records: Sequence[Record]) -> Figure | None:
         x, np.minimum(peak, x * bandwidth), color=LIGHT["muted"], marker="", label="limit: sgemm rate, memory reads"
     )
     for k, ((name,), curve) in enumerate(group(found, "model").items()):
-        intensity = [record["gflop"] / (record["index_gib"] * 2**30 / 1e9) for record in curve]
+        intensity = [record["gflop"] / (record["index_gib"] * GIB / 1e9) for record in curve]
         rate = [record["gflop"] / record["median_ms"] * 1e3 for record in curve]
         axes.plot(intensity, rate, linestyle="", color=SERIES[k], marker=MARKERS[k], label=name)
     axes.set_xscale("log", base=2)

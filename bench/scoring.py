@@ -17,7 +17,7 @@ from metaembed.runtime.maxsim import maxsim
 
 from .records import Record
 from .scoring_contestants import OTHERS, OURS, contestants
-from .scoring_limits import PAUSE_S, Limits
+from .scoring_limits import Limits
 from .timing import time_interleaved
 
 BUDGETS = tuple(Budget(*group) for group in TRAINED_GROUPS)
@@ -60,7 +60,7 @@ def measure_contest(
         "sgemm": lambda: square @ square,
     }
     scorers = contestants(query, candidates, graph)
-    timed = time_interleaved(scorers | bounds, rounds=rounds, pause_s=PAUSE_S)
+    timed = time_interleaved(scorers | bounds, rounds=rounds, before=limits.settle)
     memory_ms, compute_ms, sgemm_ms = (timed.pop(name).median_ms for name in bounds)
     sgemm_ms *= flop / (2 * SGEMM**3)
     ours = timed[OURS].median_ms

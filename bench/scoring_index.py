@@ -24,6 +24,7 @@ from metaembed.runtime.errors import UsageError
 from metaembed.runtime.index import SEGMENTS, Hit, Index
 from metaembed.runtime.index_layout import Layout
 from metaembed.runtime.maxsim import maxsim
+from metaembed.runtime.memory import GIB
 
 from .records import Record
 from .scoring import stored_candidates, unit_vectors
@@ -110,7 +111,7 @@ def draw_like(pages: NDArray[np.generic], items: int) -> NDArray[np.generic]:
 def measure_opening(gib: float, folder: Path | None) -> Record:
     """What the first (1,1) query of a fresh process reads from the disk, of an index of `gib` GiB at D = 3584."""
     layout = Layout.for_vectors(3584, 64)
-    items = max(96, int(gib * 2**30 / layout.item_bytes))
+    items = max(96, int(gib * GIB / layout.item_bytes))
     rng = np.random.default_rng(0)
     with _temporary(folder) as made:
         Index.create(made, layout)
@@ -127,7 +128,7 @@ def measure_opening(gib: float, folder: Path | None) -> Record:
             index.search(query, K, cascade=[Stage(Budget(1, 1))])
             following = time.perf_counter() - start
     return {
-        "index_gib": items * layout.item_bytes / 2**30,
+        "index_gib": items * layout.item_bytes / GIB,
         "items": items,
         "group_mib": items * 3584 * 2 / 2**20,
         "read_mib": read / 2**20,

@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ uint64_t read_memory(const char *data, int64_t bytes) {
     vu a = {0}, b = {0}, c = {0}, d = {0};
     for (int64_t i = 0; i + 128 <= bytes; i += 128) {
         __builtin_prefetch(data + i + 4096);
+        __builtin_prefetch(data + i + 4096 + 64);
         a ^= *(const vu *)(data + i);
         b ^= *(const vu *)(data + i + 32);
         c ^= *(const vu *)(data + i + 64);
@@ -59,7 +61,9 @@ uint64_t read_memory(const char *data, int64_t bytes) {
 """
 READ_BYTES = 1 << 29  # far beyond every cache
 FLOP = 2e10
+WAKE_FLOP = 2e8
 PAUSE_S = 0.1  # threads of BLAS and of frameworks wait busily for a while after their work
+WAKE_S = 0.02  # a processor that has paused takes milliseconds to its full clock: runs of 7 ms took 10 without
 ROUNDS = 9
 
 
@@ -97,6 +101,13 @@ class Limits:
         rounds = max(1, round(flop / self.threads / self.library.multiply_adds(1)))
         list(self.pool.map(self.library.multiply_adds, [rounds] * self.threads))
 
+    def settle(self) -> None:
+        """Let the threads of the last run go to sleep, then bring the processor back to its full clock."""
+        time.sleep(PAUSE_S)
+        end = time.perf_counter() + WAKE_S
+        while time.perf_counter() < end:
+            self.multiply_add(WAKE_FLOP)
+
     def read(self, memory: NDArray[np.generic]) -> None:
         """Every byte of a contiguous array, once."""
         share = memory.nbytes // self.threads // 4096 * 4096
@@ -116,7 +127,7 @@ def measure_limits(limits: Limits) -> Record:
             "sgemm": lambda: a @ a,
         },
         rounds=ROUNDS,
-        pause_s=PAUSE_S,
+        before=limits.settle,
     )
     return {
         "threads": limits.threads,

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Manifest
+from metaembed.runtime.memory import GIB
 
 from .profiles import EngineSpec, Profile
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
-GIB = 1 << 30
 
 # Kernels and metadata that a plan holds beside its weights, for each profile: 0.67-0.83 MB per transformer block of a 3B
 # model and 1.2 MB more, which is what shows in the demo. TensorRT-RTX 1.7.1, sm_80, bf16.

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from metaembed.runtime.devices import DEVICES, FIRST_CAPABILITY, FIRST_TENSORRT, Device
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.manifest import DEFAULT_OPSET, Bundle, Manifest
-from metaembed.runtime.memory import available_memory
+from metaembed.runtime.memory import GIB, available_memory
 
-from .memory import GIB, Estimate, estimate_build
+from .memory import Estimate, estimate_build
 from .onnx_header import read_opset
 from .profiles import EngineSpec, Profile
 

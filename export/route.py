@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from metaembed.runtime.cuda import Cuda, find_gpu
 from metaembed.runtime.devices import Capability, Device, devices_of, find_device
 from metaembed.runtime.errors import UsageError
+from metaembed.runtime.memory import GIB
 from metaembed.runtime.session_trt import FLAVOURS, installed_flavours
 
 KIT = "kit"
@@ -82,7 +83,7 @@ def _nearest_row(gpu: Cuda) -> Device:
     if not rows:
         major, minor = gpu.capability
         raise UsageError(f"{gpu.name} (compute capability {major}.{minor}) is not in the device table; name a --target")
-    return min(rows, key=lambda row: abs(row.memory_gib - gpu.memory_bytes / (1 << 30)))
+    return min(rows, key=lambda row: abs(row.memory_gib - gpu.memory_bytes / GIB))
 
 
 def find_targets(names: list[str] | None) -> list[Device]:

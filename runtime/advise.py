@@ -14,8 +14,9 @@ from .budget import Budget
 from .cost import index_bytes, scoring_flops, weight_bytes_read
 from .devices import Device
 from .errors import UsageError
+from .memory import GIB
 from .plan import Plan
-from .plan_device import GIB, USABLE
+from .plan_device import USABLE
 from .quality_curve import QualityCurve
 
 REACHED = 0.5  # of a device's limits. FACTS from this project's kernels on a CPU: 0.5 to 0.9

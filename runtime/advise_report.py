@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .advise import FETCH_GB_S, Advice, Option
+from .memory import GIB
 from .plan import Plan
-from .plan_device import GIB
 from .plan_report import gib, table
 from .quality_curve import QualityCurve
 

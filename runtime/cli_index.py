@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .command import EXIT_FAILED, Parser, counted, progress, run_command
+from .memory import GIB
 
 EPILOG = """DATA is a folder of images, or a JSONL file: one object a line with "id", "text" and "image" (a path relative to
 the file; one of the two is enough); other fields are kept, returned by searches and can be filtered by.
@@ -97,7 +98,7 @@ def _info(args: argparse.Namespace) -> int:
             f"{counted(len(snapshot), 'item')} in {counted(len(snapshot.parts), 'segment')}, {held - len(snapshot):,} deleted"
         )
         print(f"{layout.vectors} vectors of {layout.dims} dims ({layout.storage}), groups end at {layout.ends}")
-        print(f"{held * layout.item_bytes / 2**30:.3f} GiB of vectors; made with {index.bundle}")
+        print(f"{held * layout.item_bytes / GIB:.3f} GiB of vectors; made with {index.bundle}")
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .cuda import find_gpu
 from .errors import BundleError, MetaEmbedError, UsageError
 from .manifest import LANGUAGE, SCORER, VISION, Bundle, cpu_graph
-from .memory import available_memory
+from .memory import GIB, available_memory
 from .providers import CPU, CUDA, TENSORRT, Attempt, plan_attempts, provider_options
 from .session import DeviceSession, Session
 from .session_trt import open_trt_sessions
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 # ONNX Runtime widens narrow weights to float32 once and packs what products read: two copies. Where those do not fit, weights
 # stay mapped and are widened at each use.
 COPIES = 2
-GIB = 1 << 30
 
 
 def open_sessions(

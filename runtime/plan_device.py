@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from .cost import index_bytes, weight_bytes_read
 from .devices import Device
+from .memory import GIB
 from .plan import Plan
 
-GIB = 2**30
 USABLE = 0.9  # of a device's memory: the rest is the driver's, the runtime's and, on a Jetson, the system's
 WIDEST_FIRST = ("bf16", "fp16", "fp8", "int8")
 # Peak memory of an engine builder over the weights: 1.6 for 3B in TensorRT-RTX, 3 to 4 as users of Jetsons report.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .devices import Device
+from .memory import GIB
 from .plan import Plan
-from .plan_device import GIB, bound_times, build_bytes, fit_device
+from .plan_device import bound_times, build_bytes, fit_device
 
 
 def describe(plan: Plan) -> str:

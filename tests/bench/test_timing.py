@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from metaembed.bench.timing import Timing, peak_rss_mib, summarise, time_interleaved
+from metaembed.bench.timing import Timing, peak_rss_mib, percentiles, summarise, time_interleaved
 
 
 def test_contestants_take_turns_and_the_first_changes_every_round():
@@ -13,6 +13,38 @@ def test_contestants_take_turns_and_the_first_changes_every_round():
     timed = time_interleaved(contestants, rounds=3, warmup=1)
     assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
     assert {timing.count for timing in timed.values()} == {3}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only where a test adds to them."""
+    passed = [0.0]
+    monkeypatch.setattr("metaembed.bench.timing.time.perf_counter", lambda: passed[0])
+    return passed
+
+
+def test_what_runs_before_each_run_is_not_timed(clock):
+    calls = []
+
+    def take(name, seconds):
+        calls.append(name)
+        clock[0] += seconds
+
+    timed = time_interleaved(
+        {"a": lambda: take("a", 1), "b": lambda: take("b", 2)}, rounds=1, warmup=1, before=lambda: take(".", 5)
+    )
+    assert "".join(calls) == ".a.b" + ".b.a"
+    assert {name: timing.median_ms for name, timing in timed.items()} == {"a": 1000, "b": 2000}
+
+
+def test_percentiles_come_from_runs_after_the_warm_up(clock):
+    """Expected by hand: of 100, 0, 1, .. 10 seconds the first does not count."""
+    taken = iter([100, *range(11)])
+
+    def run():
+        clock[0] += next(taken)
+
+    assert percentiles(run, rounds=11, warmup=1) == {"p50_ms": 5000, "p90_ms": 9000, "p99_ms": 9900}
 
 
 def test_warm_up_rounds_do_not_count():

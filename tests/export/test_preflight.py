@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from metaembed.export.device_kit import TENSORRT_PIN
-from metaembed.export.memory import GIB, count_weights, estimate_build
+from metaembed.export.memory import count_weights, estimate_build
 from metaembed.export.onnx_header import read_opset
 from metaembed.export.preflight import check_opset, check_target, check_types, newest_opset, version_key
 from metaembed.export.profiles import Sizes, plan_engines, scorer_engine
@@ -19,6 +19,7 @@ from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.graph_maxsim import MEMORY_BYTES, QUERIES, chunk_size
 from metaembed.runtime.known_models import KNOWN
 from metaembed.runtime.manifest import Bundle, Limits
+from metaembed.runtime.memory import GIB
 
 BUDGETS = (Budget(1, 1), Budget(8, 16), Budget(16, 64))
 RTX = {"flavour": "tensorrt_rtx", "version": "1.7.1.116"}

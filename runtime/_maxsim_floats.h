@@ -5,6 +5,13 @@
  */
 #undef STEP_CHUNKS
 #define STEP_CHUNKS BLOCK_CHUNKS
+/* Keeps a value in its register: GCC loads the query again for every product otherwise, and spills products before their sums. */
+#undef HOLD
+#ifdef TARGET
+#define HOLD(value) __asm__ volatile("" : "+v"(value))
+#else
+#define HOLD(value) (void)(value)
+#endif
 
 INLINE int64_t NAME(sums)(const Task *task) { return task->layout == MANY ? task->rows / WIDTH : task->rows; }
 
@@ -42,22 +49,28 @@ INLINE vf NAME(high)(const char *chunk, int h, const int tight) {
 /* sum + products of 16-bit query codes with the int8 codes of as many dims, two by two in each int32 lane. */
 #if defined(TARGET) && WIDTH == 8
 #define Codes __m256i
+#define Query __m256i
 INLINE Codes NAME(codes)(const char *from) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from)); }
-INLINE vf NAME(pairs)(vf sum, const char *query, Codes part) {
-    return (vf)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(*(const __m256i *)query, part));
+INLINE Query NAME(query)(const char *from) { return _mm256_load_si256((const __m256i *)from); }
+INLINE vf NAME(pairs)(vf sum, Query query, Codes part) {
+    return (vf)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(query, part));
 }
 #elif defined(TARGET) && WIDTH == 16
 #define Codes __m512i
+#define Query __m512i
 INLINE Codes NAME(codes)(const char *from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from)); }
-INLINE vf NAME(pairs)(vf sum, const char *query, Codes part) {
-    return (vf)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16(*(const __m512i *)query, part));
+INLINE Query NAME(query)(const char *from) { return _mm512_load_si512(from); }
+INLINE vf NAME(pairs)(vf sum, Query query, Codes part) {
+    return (vf)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16(query, part));
 }
 #else /* for the tests: the same in plain C */
 #define Codes const int8_t *
+#define Query const int16_t *
 INLINE Codes NAME(codes)(const char *from) { return (const int8_t *)from; }
-INLINE vf NAME(pairs)(vf sum, const char *query, Codes part) {
+INLINE Query NAME(query)(const char *from) { return (const int16_t *)from; }
+INLINE vf NAME(pairs)(vf sum, Query query, Codes part) {
     vi total = (vi)sum;
-    for (int i = 0; i < 2 * WIDTH; i++) total[i / 2] += ((const int16_t *)query)[i] * part[i];
+    for (int i = 0; i < 2 * WIDTH; i++) total[i / 2] += query[i] * part[i];
     return (vf)total;
 }
 #endif
@@ -86,9 +99,14 @@ INLINE void NAME(few_tile)(const char *query, const char *const *candidates, int
         for (int h = 0; h < CHUNK / 2 / WIDTH; h++) {
             if (paired) {
                 for (int c = 0; c < wide; c++) codes[c] = NAME(codes)(candidate[c] + k * CHUNK + 2 * h * WIDTH);
-                for (int m = 0; m < tall; m++)
-                    for (int c = 0; c < wide; c++)
-                        sum[c * tall + m] = NAME(pairs)(sum[c * tall + m], query + (m * CHUNK + 2 * h * WIDTH) * size, codes[c]);
+                for (int m = 0; m < tall; m++) {
+                    Query q = NAME(query)(query + (m * CHUNK + 2 * h * WIDTH) * size);
+                    HOLD(q);
+                    for (int c = 0; c < wide; c++) {
+                        sum[c * tall + m] = NAME(pairs)(sum[c * tall + m], q, codes[c]);
+                        HOLD(sum[c * tall + m]);
+                    }
+                }
                 RELOAD;
                 continue;
             }
@@ -134,7 +152,7 @@ INLINE void NAME(few)(const Space *space, const char *query, int64_t query_strid
     else
         for (int64_t m = 0; m < rows; m += FEW_TALL, query += query_stride)
             NAME(few_tiles)(query, candidates, count, chunks, sums + m, rows, fresh, ahead, m / FEW_TALL, rows / FEW_TALL,
-                            paired, FEW_TALL, paired ? 4 : 3);
+                            paired, FEW_TALL, paired ? (WIDTH == 16 ? 4 : 2) : 3);
 }
 
 /* Functions of their own, so that neither takes the other's registers. */
@@ -255,3 +273,4 @@ INLINE void NAME(fold)(const Task *task, const vf *sums, float scale, float *bes
         }
 }
 #undef Codes
+#undef Query

@@ -16,7 +16,7 @@ from metaembed.runtime.errors import MetaEmbedError
 from metaembed.runtime.text import Side
 
 from .records import Record
-from .timing import gpu_memory_mib, peak_rss_mib, summarise
+from .timing import gpu_memory_mib, peak_rss_mib, summarise, time_awake
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,6 @@ def _ask(process: Connection, what: Case | str) -> Any:
 
 def _serve(connection: Connection, contestant: Contestant) -> None:
     """In the child: a Case prepares and runs once, ``run`` times one run, ``memory`` tells the peak, the end of file ends."""
-    import time
-
     prepare, run, problem = None, None, None
     try:
         prepare = contestant.build(**contestant.options)
@@ -151,9 +149,7 @@ def _serve(connection: Connection, contestant: Contestant) -> None:
             connection.send({"peak_rss_mib": round(peak_rss_mib(), 1), **({"gpu_mib": held} if held else {})})
         elif asked == "run":
             assert run is not None
-            start = time.perf_counter()
-            run()
-            connection.send(time.perf_counter() - start)
+            connection.send(time_awake(run))
         else:
             try:
                 if prepare is None:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -164,7 +165,10 @@ def identify(artefact: Path | None) -> Record:
 
 def _origin() -> Record:
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    command = " ".join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])])
+    program = Path(sys.argv[0]).name
+    command = shlex.join(
+        ["metaembed-bench" if program == "cli.py" else program, *map(_without_folders, sys.argv[1:])]  # python -m
+    )
     threads = os.environ.get("OMP_NUM_THREADS")
     return {
         "machine": describe_machine(),

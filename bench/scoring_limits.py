@@ -18,7 +18,7 @@ from metaembed.runtime.errors import UsageError
 from metaembed.runtime.maxsim_native import thread_count
 
 from .records import Record
-from .timing import time_interleaved
+from .timing import PAUSE_S, time_interleaved
 
 # Twelve chains of multiply-adds hide their latency; four sums do the same for loads. -march=native, unlike the kernels:
 # a limit is what the processor has, not what we use of it.
@@ -62,7 +62,6 @@ uint64_t read_memory(const char *data, int64_t bytes) {
 READ_BYTES = 1 << 29  # far beyond every cache
 FLOP = 2e10
 WAKE_FLOP = 2e8
-PAUSE_S = 0.1  # threads of BLAS and of frameworks wait busily for a while after their work
 WAKE_S = 0.02  # a processor that has paused takes milliseconds to its full clock: runs of 7 ms took 10 without
 ROUNDS = 9
 

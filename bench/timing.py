@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 WARMUP = 2
+PAUSE_S = 0.1  # threads of BLAS, of ONNX Runtime and of OpenMP wait busily for a while after their work
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,21 @@ def summarise(
             if number >= warmup:
                 seconds[name].append(taken)
     return {name: Timing.of(taken, warmup) for name, taken in seconds.items()}
+
+
+def time_awake(run: Callable[[], object], wake_s: float = PAUSE_S) -> float:
+    """Seconds of a run on a processor that is awake, with no other process's threads waiting busily.
+
+    After a pause, for those to go to sleep, it runs until ``wake_s`` have passed; the last run counts, a long one is the only one.
+    """
+    time.sleep(PAUSE_S)
+    begin = time.perf_counter()
+    while True:
+        start = time.perf_counter()
+        run()
+        end = time.perf_counter()
+        if end - begin >= wake_s:
+            return end - start
 
 
 def percentiles(run: Callable[[], object], *, rounds: int, warmup: int = WARMUP) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -93,6 +94,14 @@ def test_a_record_without_a_kind_has_the_name_of_its_file(tmp_path):
 def test_a_record_names_no_folder_of_the_machine(monkeypatch, typed, kept):
     monkeypatch.setattr("sys.argv", ["/usr/bin/metaembed-bench", "quality", typed])
     assert make_record("x", {})["command"] == f"metaembed-bench quality {kept}"
+
+
+def test_a_record_holds_a_command_that_a_shell_takes(monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["/site/metaembed/bench/cli.py", "encoder", "--skip", "HF eager, 80 rows"]
+    )  # python -m
+    found = shlex.split(make_record("x", {})["command"])
+    assert found == ["metaembed-bench", "encoder", "--skip", "HF eager, 80 rows"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from metaembed.bench.timing import Timing, peak_rss_mib, percentiles, summarise, time_interleaved
+from metaembed.bench.timing import Timing, peak_rss_mib, percentiles, summarise, time_awake, time_interleaved
 
 
 def test_contestants_take_turns_and_the_first_changes_every_round():
@@ -35,6 +35,22 @@ def test_what_runs_before_each_run_is_not_timed(clock):
     )
     assert "".join(calls) == ".a.b" + ".b.a"
     assert {name: timing.median_ms for name, timing in timed.items()} == {"a": 1000, "b": 2000}
+
+
+@pytest.mark.parametrize(
+    ("taken", "runs"),
+    [(0.04, 3), (0.1, 1), (7.0, 1)],  # by hand: 0.04, 0.08, 0.12 s pass; the first is enough; so it is
+)
+def test_short_runs_wake_the_processor_first_and_long_ones_run_once(clock, monkeypatch, taken, runs):
+    calls, slept = [], []
+    monkeypatch.setattr("metaembed.bench.timing.time.sleep", slept.append)
+
+    def run():
+        calls.append(None)
+        clock[0] += taken
+
+    assert time_awake(run, wake_s=0.1) == pytest.approx(taken)
+    assert (len(calls), slept) == (runs, [0.1])
 
 
 def test_percentiles_come_from_runs_after_the_warm_up(clock):

@@ -153,6 +153,13 @@ def _array(value: Any) -> NDArray[Any]:
     return np.array(np.frombuffer(bits, ml_dtypes.bfloat16).reshape(value.shape()))
 
 
+def graph_options(number: int) -> Any:
+    """What tells the CUDA provider which recorded graph a run is; -1: none."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(number))
+    return options
+
+
 def load_cuda() -> None:
     """Load CUDA's and cuDNN's libraries from NVIDIA's wheels, where those were installed; the system's are found anyway.
 

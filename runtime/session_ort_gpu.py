@@ -9,12 +9,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from .device_buffers import Buffer, DeviceArray, Gpu, Shape, place
 from .errors import UsageError
-from .session_ort import BFLOAT16, NUMPY_TYPES, OrtSession
+from .session_ort import BFLOAT16, NUMPY_TYPES, OrtSession, graph_options
 
 DEFAULT_STREAM = 0  # ONNX Runtime runs on a stream of its own, and has finished when a run returns
 
@@ -111,7 +110,7 @@ class OrtGpuSession(OrtSession):
         return self._recorded.get(shapes)
 
     def _run_options(self) -> Any:
-        return _run_options(NOT_RECORDED) if self._graphs else None
+        return graph_options(NOT_RECORDED) if self._graphs else None
 
     def _bind_input(self, binding: Any, name: str, value: Any) -> object:
         if not isinstance(value, (DeviceArray, KeptOutput)):
@@ -136,7 +135,7 @@ class _RecordedRun:
 
     def __init__(self, gpu: Gpu, device: str, number: int, outputs: Mapping[str, np.dtype[Any]]) -> None:
         self._gpu, self._device, self._outputs = gpu, device, outputs
-        self._options = _run_options(number)
+        self._options = graph_options(number)
         self._inputs: dict[str, Buffer] = {}
         self._results: list[tuple[Buffer, Shape, np.dtype[Any]]] = []
         self._binding: Any = None
@@ -168,7 +167,7 @@ class _RecordedRun:
             binding.bind_input(name, self._device, 0, _onnx_type(value.dtype), value.shape, self._inputs[name].address)
         for name in self._outputs:
             binding.bind_output(name, self._device)
-        session.run_with_iobinding(binding, _run_options(NOT_RECORDED))
+        session.run_with_iobinding(binding, graph_options(NOT_RECORDED))
         shapes = [tuple(value.shape()) for value in binding.get_outputs()]
         binding.clear_binding_outputs()
         for (name, kind), shape in zip(self._outputs.items(), shapes, strict=True):
@@ -177,12 +176,6 @@ class _RecordedRun:
             buffer.reserve(int(np.prod(shape)) * kind.itemsize)
             binding.bind_output(name, self._device, 0, _onnx_type(kind), shape, buffer.address)
         self._binding = binding
-
-
-def _run_options(graph: int) -> Any:
-    options = ort.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", str(graph))
-    return options
 
 
 def _onnx_type(kind: np.dtype[Any]) -> Any:

@@ -20,7 +20,7 @@ h3{font-size:1rem;margin:1.5rem 0 .5rem}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:1rem}
 figure{margin:0;width:100%;max-width:640px;padding:.9rem .9rem .7rem;display:flex;flex-direction:column;
 background:var(--card);border:1px solid var(--line);border-radius:10px;min-width:0}
-figure svg{width:100%;height:auto;max-height:34rem;margin:auto 0}
+figure svg{width:100%;height:auto;max-height:46rem;margin:auto 0}
 figure text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif!important}
 figcaption{font-size:.85rem;margin-top:.5rem}
 figcaption strong{color:var(--ink)}

@@ -159,19 +159,20 @@ def draw_gpu_encoder(records: Sequence[Record]) -> Figure | None:
 
 
 def _draw_race(records: Sequence[Record], *panels: str) -> Figure | None:
-    """A panel for each value of these fields."""
+    """A panel for each value of these fields, one below the other: side by side they would be too small to read."""
     found = [record for record in records if "error" not in record]
     models = group(found, *panels)
     if not models:
         return None
     contestants = list(dict.fromkeys(record["contestant"] for record in found))
-    height = 1.2 + 0.7 * max(len(group(runs, "input")) for runs in models.values())
-    figure, axes = plt.subplots(1, len(models), figsize=(max(5.4, 4.2 * len(models)), height), squeeze=False)
-    for ax, ((model, *opset), runs) in zip(axes[0], models.items(), strict=True):
+    rows = [len(group(runs, "input")) for runs in models.values()]
+    size = (6.2, 0.6 + 0.9 * len(models) + 0.45 * sum(rows))
+    figure, axes = plt.subplots(len(models), figsize=size, squeeze=False, height_ratios=[0.4 + count for count in rows])
+    for ax, ((model, *opset), runs) in zip(axes[:, 0], models.items(), strict=True):
         _race_panel(ax, runs, contestants)
         ax.set_title(", opset ".join((model, *opset)), fontsize=10, color=LIGHT["muted"])
-        ax.set_xlabel("ms, with a line to p95")
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    axes[-1, 0].set_xlabel("ms, with a line to p95")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     return figure
 

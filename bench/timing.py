@@ -76,19 +76,17 @@ def summarise(
     return {name: Timing.of(taken, warmup) for name, taken in seconds.items()}
 
 
-def time_awake(run: Callable[[], object], wake_s: float = PAUSE_S) -> float:
+def time_awake(run: Callable[[], object]) -> float:
     """Seconds of a run on a processor that is awake, with no other process's threads waiting busily.
 
-    After a pause, for those to go to sleep, it runs until ``wake_s`` have passed; the last run counts, a long one is the only one.
+    After a pause, for those to go to sleep, it runs until as long has passed; the last run counts, a long one is the only one.
     """
     time.sleep(PAUSE_S)
     begin = time.perf_counter()
     while True:
-        start = time.perf_counter()
-        run()
-        end = time.perf_counter()
-        if end - begin >= wake_s:
-            return end - start
+        taken = _seconds(run)
+        if time.perf_counter() - begin >= PAUSE_S:
+            return taken
 
 
 def percentiles(run: Callable[[], object], *, rounds: int, warmup: int = WARMUP) -> dict[str, float]:

@@ -25,7 +25,7 @@ from .manifest import Bundle
 log = logging.getLogger(__name__)
 PTX = Path(__file__).with_name("_maxsim.ptx")  # of _maxsim.cu, whose constants these are
 ROWS, BLOCK, WARPS, SLOTS = 16, 32, 4, 32
-# Tiles of query vectors in a block, lines under way at once: a kernel for each. Measured on an H200 (bench/results/gpu.jsonl).
+# Tiles of query vectors in a block, lines under way at once: a kernel for each. Measured on an H200 by hand (docs/gpu.md).
 FEW, FEW_LONG, SOME, MANY = VARIANTS = ((1, 3), (1, 4), (2, 3), (4, 3))
 LONG = 2048  # more dimensions than these, and one more line under way is faster
 TYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}

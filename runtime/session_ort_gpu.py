@@ -17,10 +17,8 @@ from .session_ort import BFLOAT16, NUMPY_TYPES, OrtSession, graph_options
 
 DEFAULT_STREAM = 0  # ONNX Runtime runs on a stream of its own, and has finished when a run returns
 
-
-MOST_RECORDED = (
-    16  # shapes of a session: ONNX Runtime keeps a recorded graph as long as the session, 60 MiB for a query of 3B
-)
+# Shapes of a session: ONNX Runtime keeps a recorded graph as long as the session, 60 MiB for a query of 3B.
+MOST_RECORDED = 16
 NOT_RECORDED = -1
 
 

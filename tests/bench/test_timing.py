@@ -49,7 +49,7 @@ def test_short_runs_wake_the_processor_first_and_long_ones_run_once(clock, monke
         calls.append(None)
         clock[0] += taken
 
-    assert time_awake(run, wake_s=0.1) == pytest.approx(taken)
+    assert time_awake(run) == pytest.approx(taken)
     assert (len(calls), slept) == (runs, [0.1])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from metaembed.runtime.command import EXIT_FAILED
 from metaembed.runtime.errors import UsageError
+from metaembed.runtime.staged_file import staged_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> int:
-    from .records import read_records, replace_text
+    from .records import read_records
     from .report_tables import fill_tables
 
     records, stale = read_records([args.records]), []
@@ -37,7 +38,8 @@ def work(args: argparse.Namespace) -> int:
         if filled != text:
             stale.append(path)
             if not args.check:
-                replace_text(path, filled)
+                with staged_file(path.resolve()) as part:
+                    part.write_text(filled, encoding="utf-8")
     for path in stale:
         print(f"{path}: {'differs from the records' if args.check else 'written'}")
     return EXIT_FAILED if stale and args.check else 0

@@ -9,6 +9,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from metaembed.runtime.staged_file import staged_file
+
 from .demo_tokenizer import build_tokenizer, write_tokenizer
 
 QUERY_TOKENS, CANDIDATE_TOKENS = 16, 64
@@ -108,6 +110,5 @@ def write_checkpoint(folder: Path, weights: dict[str, Tensor]) -> None:
     (folder / "config.json").write_text(json.dumps(build_config(), indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
-    partial = folder / "model.safetensors.part"
-    save_file(plain, partial, metadata={"format": "pt"})
-    partial.replace(folder / "model.safetensors")
+    with staged_file(folder / "model.safetensors") as part:
+        save_file(plain, part, metadata={"format": "pt"})

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
@@ -61,19 +60,6 @@ def append_records(path: Path, records: Iterable[Record]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a whole text or nothing: an interrupted or failed write leaves what was there."""
-    path = path.resolve()  # what a link points at, not the link
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        if path.exists():
-            shutil.copymode(path, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def check_output(path: Path) -> None:

@@ -6,7 +6,9 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .records import Record, replace_text
+from metaembed.runtime.staged_file import staged_file
+
+from .records import Record
 from .report_advice import CANDIDATES, LATENCY_MS, make_advice
 from .report_page import page
 from .report_plots import PLOTS, Plot
@@ -40,7 +42,8 @@ def write_report(records: Sequence[Record], folder: Path) -> Path:
         inside = [figures[name] for name in plots] + [_known_table(name, records) for name in tables]
         parts.append(_section(title, inside))
     target = folder / "report.html"
-    replace_text(target, page(parts, describe_origin(records), missing(figures)))
+    with staged_file(target.resolve()) as part:
+        part.write_text(page(parts, describe_origin(records), missing(figures)), encoding="utf-8")
     return target
 
 

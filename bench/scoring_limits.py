@@ -101,7 +101,10 @@ class Limits:
         list(self.pool.map(self.library.multiply_adds, [rounds] * self.threads))
 
     def settle(self) -> None:
-        """Let the threads of the last run go to sleep, then bring the processor back to its full clock."""
+        """Let the threads of the last run go to sleep, then bring the processor back to its full clock.
+
+        By work that is nobody's: contestants share this process. `timing.time_awake`, in a process for each, repeats their runs.
+        """
         time.sleep(PAUSE_S)
         end = time.perf_counter() + WAKE_S
         while time.perf_counter() < end:

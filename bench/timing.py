@@ -80,6 +80,7 @@ def time_awake(run: Callable[[], object]) -> float:
     """Seconds of a run on a processor that is awake, with no other process's threads waiting busily.
 
     After a pause, for those to go to sleep, it runs until as long has passed; the last run counts, a long one is the only one.
+    That also wakes the library's own threads, in a process that is its alone; where contestants share one, see `Limits.settle`.
     """
     time.sleep(PAUSE_S)
     begin = time.perf_counter()

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from metaembed.runtime.staged_file import staged_file
+
 SAVE_EVERY = 100  # steps
 LOG_EVERY = 25  # steps
 WARM_UP = 50  # steps
@@ -81,9 +83,8 @@ class Run:
             file.write(json.dumps(rounded) + "\n")
 
     def _save(self, stage: Stage, model: nn.Module, optimiser: torch.optim.Optimizer, done: int) -> None:
-        partial = self._state(stage).with_suffix(".part")
-        torch.save({"step": done, "model": model.state_dict(), "optimiser": optimiser.state_dict()}, partial)
-        partial.replace(self._state(stage))
+        with staged_file(self._state(stage)) as part:
+            torch.save({"step": done, "model": model.state_dict(), "optimiser": optimiser.state_dict()}, part)
 
     def _resume(self, stage: Stage, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
         if not self._state(stage).exists():

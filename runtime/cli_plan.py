@@ -11,7 +11,7 @@ from pathlib import Path
 from .advise import REACHED, SURVIVORS, Needs, advise
 from .advise_report import describe_advice
 from .budget import parse_budgets
-from .command import Parser, run_command
+from .command import EXIT_DONE, EXIT_FAILED, Parser, run_command
 from .devices import DEVICES, Device, find_device
 from .errors import UsageError
 from .plan import Plan, find_geometry, make_plan
@@ -25,7 +25,7 @@ EPILOG = """examples:
   metaembed-plan --model 3b --candidates 1e6 --device orin-64gb --latency-ms 200 --quality-curve quality.jsonl
 
 Everything is arithmetic on the model's geometry; nothing is measured here. Limits on a device are the data sheet's
-peak rates: real engines reach a fraction of them."""
+peak rates: real engines reach a fraction of them. Where nothing fits, it says what lacks and exits with 1."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(parser, run, argv)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     wants_advice = args.latency_ms is not None or args.memory_gib is not None or args.quality_curve is not None
     if wants_advice and not args.device:
         raise UsageError("advice needs the device it is for: add --device NAME, for example --device orin-64gb")
@@ -96,18 +96,17 @@ def run(args: argparse.Namespace) -> None:
         batch=args.batch,
     )
     if wants_advice:
-        give_advice(plan, devices[0], args)
-        return
+        return give_advice(plan, devices[0], args)
+    fits = [fit_device(plan, device) for device in devices]
     if args.json:
-        print(
-            json.dumps(plan.to_json() | {"devices": [asdict(fit_device(plan, device)) for device in devices]}, indent=2)
-        )
-        return
-    print(describe(plan))
-    print(describe_limits(plan, devices[0]) if args.device else describe_fits(plan, devices))
+        print(json.dumps(plan.to_json() | {"devices": [asdict(fit) for fit in fits]}, indent=2))
+    else:
+        print(describe(plan))
+        print(describe_limits(plan, devices[0]) if args.device else describe_fits(plan, devices))
+    return EXIT_DONE if any(fit.precision for fit in fits) else EXIT_FAILED
 
 
-def give_advice(plan: Plan, device: Device, args: argparse.Namespace) -> None:
+def give_advice(plan: Plan, device: Device, args: argparse.Namespace) -> int:
     curve = read_curve(args.quality_curve) if args.quality_curve else None
     needs = Needs(
         args.latency_ms,
@@ -120,6 +119,7 @@ def give_advice(plan: Plan, device: Device, args: argparse.Namespace) -> None:
         print(json.dumps(advice.to_json(), indent=2))
     else:
         print(describe_advice(plan, advice, curve), end="")
+    return EXIT_DONE if advice.chosen else EXIT_FAILED
 
 
 def parse_count(text: str) -> int:

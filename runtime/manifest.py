@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from .budget import Budget
 from .errors import BundleError, MetaEmbedError, UsageError
 from .geometry import Geometry
 from .parity import TOLERANCES
+from .staged_file import staged_file
 
 T = TypeVar("T")
 FORMAT, FORMAT_VERSION = "metaembed-bundle", 1
@@ -281,9 +281,8 @@ def write_manifest(
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace bundle.json in one step."""
-    part = folder / f".{MANIFEST}.{os.getpid()}.part"
-    part.write_text(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(folder / MANIFEST)
+    with staged_file(folder / MANIFEST) as part:
+        part.write_text(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_name(folder: Path) -> None:

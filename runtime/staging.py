@@ -13,6 +13,7 @@ from pathlib import Path
 
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.manifest import FORMAT, MANIFEST, check_name
+from metaembed.runtime.staged_file import sync
 
 _in_use: set[Path] = set()  # this process's scratch folders: an output may be staged beside them
 
@@ -159,10 +160,6 @@ def _is_running(process: int) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """Flush files and folders to disk, so that a rename never outlives its contents."""
+    """Flush a folder and all that is in it to disk, so that a rename never outlives its contents."""
     for path in (folder, *folder.rglob("*")):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)

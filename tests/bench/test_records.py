@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from metaembed.bench.records import ORIGIN, append_records, by_kernels, latest, make_record, read_records, replace_text
+from metaembed.bench.records import ORIGIN, append_records, by_kernels, latest, make_record, read_records
 from metaembed.bench.report import write_report
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.manifest import Bundle
@@ -60,19 +60,6 @@ def test_another_sort_of_processor_replaces_no_record():
 def test_a_nan_is_never_written(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         append_records(tmp_path / "a.jsonl", [{"kind": "x", "v": float("nan")}])
-
-
-def test_a_text_is_replaced_whole_or_not_at_all(tmp_path):
-    page, link = tmp_path / "page.md", tmp_path / "link.md"
-    page.write_text("before")
-    page.chmod(0o640)
-    link.symlink_to(page)
-    with pytest.raises(UnicodeEncodeError):
-        replace_text(page, "half a text, and what UTF-8 cannot hold: \ud800")
-    assert page.read_text() == "before"
-    replace_text(link, "after")
-    assert (page.read_text(), page.stat().st_mode & 0o777, link.is_symlink()) == ("after", 0o640, True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.md", "page.md"]
 
 
 def test_a_record_without_a_kind_has_the_name_of_its_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Bundles to break: copies of the demo's that share its files by hard link until they are replaced."""
+"""Bundles to break: copies of the demo's that share its files by hard link until they are replaced. And a graph in bf16."""
 
 from __future__ import annotations
 
@@ -48,3 +48,15 @@ def replace_file(bundle: Path, edit_manifest: Any) -> Callable[[str, bytes], Pat
         return edit_manifest(lambda data: data["files"].update({name: record}))
 
     return replace
+
+
+@pytest.fixture
+def bf16_identity(tmp_path: Path) -> Path:
+    """A graph that gives back its input ``x`` (a, 3) as ``y``, in bf16, which numpy does not have."""
+    onnx = pytest.importorskip("onnx")
+    kind, helper = onnx.TensorProto.BFLOAT16, onnx.helper
+    ends = [helper.make_tensor_value_info(name, kind, ["a", 3]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", ends[:1], ends[1:])
+    path = tmp_path / "x.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path

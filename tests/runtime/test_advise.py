@@ -140,7 +140,7 @@ def test_advice_as_json_says_what_lacks_where_nothing_fits(capsys):
     assert found["device"] == "agx-orin-64gb"
     assert found["chosen"]["latency_ms"] <= 500
     assert all(option["latency_ms"] <= 500 for option in found["runners_up"])
-    assert main([*command, "1"]) == 0
+    assert main([*command, "1"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["chosen"], found["runners_up"]) == (None, [])
     assert found["fastest"]["budget"] == "1,1"

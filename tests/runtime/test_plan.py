@@ -265,10 +265,25 @@ def test_command_as_json_and_for_one_device(capsys):
     data = json.loads(capsys.readouterr().out)
     assert data["budgets"][0]["index_bytes"] == 2 * 16 * 2048 * 10**6
     assert data["devices"][0]["precision"] == "bf16"
-    assert main(["--model", "32b", "--device", "orin-nano-4gb"]) == 0
-    assert "does not fit" in capsys.readouterr().out
     assert main(["--model", "7b", "--device", "thor"]) == 0
     assert np.isfinite(float(capsys.readouterr().out.split("encode text query")[-1].split()[0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "orin-nano-4gb"], "does not fit"),
+        (["--device", "orin-nano-4gb", "--json"], '"precision": null'),
+        (["--device", "orin-nano-4gb", "--latency-ms", "100"], "GiB too much"),
+        (["--device", "orin-nano-4gb", "--latency-ms", "100", "--json"], '"chosen": null'),
+        (["--batch", "100000"], "lacks"),  # on every known device
+    ],
+)
+def test_a_plan_in_which_nothing_fits_is_printed_and_exits_with_1(capsys, arguments, words):
+    assert main(["--model", "32b", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert words in captured.out
+    assert not captured.err
 
 
 def test_the_demo_is_known_by_name(demo_folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -138,17 +138,6 @@ def test_cuda_graphs_without_a_gpu_are_refused(demo_bundle: Path, monkeypatch: p
         Encoder.open(demo_bundle, verify=False, cuda_graphs=True)
 
 
-@pytest.fixture
-def bf16_identity(tmp_path: Path) -> Path:
-    onnx = pytest.importorskip("onnx")
-    kind, helper = onnx.TensorProto.BFLOAT16, onnx.helper
-    ends = [helper.make_tensor_value_info(name, kind, ["a", 3]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", ends[:1], ends[1:])
-    path = tmp_path / "x.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    return path
-
-
 @pytest.mark.parametrize("rows", [2, 0])
 def test_bf16_stays_on_the_device_bit_by_bit(bf16_identity: Path, gpu: HostGpu, rows: int):
     values = np.array([[1.0078125, -0.0, 3e38], [1e-40, 0.1, -2]], np.float32).astype(ml_dtypes.bfloat16)[:rows]

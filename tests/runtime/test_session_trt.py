@@ -5,6 +5,7 @@ On the stand-in every expected value is ONNX Runtime's on the same demo bundle: 
 
 import importlib.util
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -299,15 +300,12 @@ def test_engines_built_on_this_gpu_pass_the_golden_check(tmp_path, precision):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not has("tensorrt"), reason="needs an NVIDIA GPU and TensorRT; TensorRT-RTX records runs by itself")
-def test_recorded_runs_on_this_gpu_equal_plain_ones_and_the_benchmark_runs(tmp_path):
+def test_recorded_runs_on_this_gpu_equal_plain_ones_and_the_benchmark_runs(narrow_demo, tmp_path):
     """Sides alternate, so profiles change between recordings: what a fake cannot say is whether TensorRT allows it."""
     from metaembed.bench.cli import main as bench
-    from metaembed.export.cli import main as export
     from metaembed.export.cli_build import main as build
 
-    folder, records = tmp_path / "bundle", tmp_path / "engine.jsonl"
-    command = ["--model", "demo", "--budget", "all", "--precision", "bf16", "--no-parity", "-o", str(folder), "--quiet"]
-    assert export(command) == 0
+    folder, records = shutil.copytree(narrow_demo("bf16"), tmp_path / "bundle"), tmp_path / "engine.jsonl"
     assert build([str(folder), "--quiet"]) == 0
     opened, graphs = Bundle.open(folder), (VISION, LANGUAGE)
     image = Image.new("RGB", (448, 448), "navy")

@@ -129,18 +129,22 @@ static void NAME(products)(const Task *task, const Space *space, int64_t chunk, 
     }
 }
 
-/* Folds the finished sums of one candidate into its item's running maxima. */
-INLINE void NAME(fold)(const Task *task, const vf *sums, float scale, float *best, float *poison) {
-    for (int64_t m = 0; m < NAME(sums)(task); m++, best += task->tile) {
+/* Folds the finished sums of candidates into their items' running maxima. */
+INLINE void NAME(fold)(const Task *task, const Space *space, const float *scales, const int64_t *items, int count) {
+    const int64_t sums = NAME(sums)(task);
+    for (int c = 0; c < count; c++) {
+        float *best = space->best + items[c] * space->stride;
+        for (int64_t m = 0; m < sums; m++, best += task->tile) {
 #if STORAGE == INT8
-        vf dots = __builtin_convertvector((vi)sums[m], vf) * ((const vf *)task->units)[m] * scale;
+            vf dots = __builtin_convertvector((vi)space->sums[c * sums + m], vf) * ((const vf *)task->units)[m] * scales[c];
 #else
-        vf dots = sums[m] * scale;
+            vf dots = space->sums[c * sums + m];
 #endif
-        dots += HALVES(dots); /* both parts of the query */
-        for (int64_t lanes = HALF; lanes > task->tile; lanes /= 2) dots = EVENS(dots) + ODDS(dots);
-        *(vf *)poison += dots - dots;
-        *(v8 *)best = LARGER(*(v8 *)&dots, *(v8 *)best, v8, v8i);
+            dots += HALVES(dots); /* both parts of the query */
+            for (int64_t lanes = HALF; lanes > task->tile; lanes /= 2) dots = EVENS(dots) + ODDS(dots);
+            *space->poison += dots - dots;
+            *(v8 *)best = LARGER(*(v8 *)&dots, *(v8 *)best, v8, v8i);
+        }
     }
 }
 #undef Words

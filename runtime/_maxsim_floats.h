@@ -84,6 +84,7 @@ INLINE void NAME(few_tile)(const char *query, const char *const *candidates, int
     const char *candidate[FEW_WIDE];
     vf sum[FEW_WIDE * FEW_TALL], part[FEW_WIDE];
     Codes codes[FEW_WIDE];
+    const int64_t turns = passes * MAX(LINE / (CHUNK * BYTES), 1); /* a chunk of int8 is half a line */
     int64_t turn = pass; /* chunks until it is this pass's turn */
     for (int c = 0; c < wide; c++) {
         candidate[c] = candidates[c];
@@ -94,7 +95,7 @@ INLINE void NAME(few_tile)(const char *query, const char *const *candidates, int
             for (int c = 0; c < wide; c++)
                 for (int line = 0; line < MAX(CHUNK * BYTES / LINE, 1); line++)
                     __builtin_prefetch(candidate[c] + k * CHUNK * BYTES + line * LINE + ahead, 0, 2);
-            turn = passes - 1;
+            turn = turns - 1;
         }
         for (int h = 0; h < CHUNK / 2 / WIDTH; h++) {
             if (paired) {
@@ -252,25 +253,64 @@ INLINE v4 NAME(totals)(vf a, vf b, vf c, vf d) {
     return total;
 }
 
-/* Folds the finished sums of one candidate into its item's running maxima. */
-INLINE void NAME(fold)(const Task *task, const vf *sums, float scale, float *best, float *poison) {
-    if (task->layout != MANY) {
-        const int two = task->rows > 1, four = task->rows > 2; /* the lanes of rows that are not there go unread */
-        for (int64_t m = 0; m < task->rows; m += 4, sums += 4, best += 4) {
-            vf row[4] = {sums[0], sums[two], sums[2 * four], sums[3 * four]};
-            if (STORAGE == INT8 && task->layout == PAIRS)
-                for (int i = 0; i < 4; i++) row[i] = __builtin_convertvector((vi)row[i], vf);
-            v4 dots = NAME(totals)(row[0], row[1], row[2], row[3]) * scale;
-            if (STORAGE == INT8 && task->layout == PAIRS) dots *= *(const v4 *)(task->units + m);
-            *(v4 *)poison += dots - dots;
-            *(v4 *)best = LARGER(dots, *(v4 *)best, v4, v4i);
+/* Folds four finished sums, of `each` rows from m on and of candidates c to `last`, into their items' running maxima. */
+INLINE void NAME(fold_four)(const Task *task, const Space *space, const float *scales, const int64_t *items, int c, int last,
+                            int64_t m, const int each) {
+    vf row[4];
+    v4 scale;
+    for (int i = 0; i < 4; i++) { /* where a candidate is missing, the last one again */
+        const int which = MIN(c + i / each, last);
+        row[i] = space->sums[which * space->rows + m + i % each];
+        scale[i] = scales[which];
+        if (STORAGE == INT8 && task->layout == PAIRS) {
+            row[i] = __builtin_convertvector((vi)row[i], vf);
+            scale[i] *= task->units[m + i % each];
         }
-    } else
-        for (int64_t m = 0; m < task->rows / WIDTH; m++, best += WIDTH) {
-            vf dots = sums[m] * scale;
-            *(vf *)poison += dots - dots;
+    }
+    v4 dots = NAME(totals)(row[0], row[1], row[2], row[3]);
+    if (STORAGE == INT8) dots *= scale;
+    *(v4 *)space->poison += dots - dots;
+    for (int i = 0; i < 4 / each; i++) {
+        float *best = space->best + items[MIN(c + i, last)] * space->stride + m;
+        if (each == 4)
+            *(v4 *)best = LARGER(dots, *(v4 *)best, v4, v4i);
+        else
+            for (int r = 0; r < each; r++) best[r] = dots[i * each + r] > best[r] ? dots[i * each + r] : best[r];
+    }
+}
+
+/* Few rows: four sums at a time, of one candidate, or for one or two rows of several. */
+INLINE void NAME(fold_few)(const Task *task, const Space *space, const float *scales, const int64_t *items, int count,
+                           const int each) {
+    const int together = 4 / each;
+    int c = 0;
+    for (; c + together <= count; c += together)
+        for (int64_t m = 0; m < space->rows; m += 4)
+            NAME(fold_four)(task, space, scales, items, c, c + together - 1, m, each);
+    if (c < count) NAME(fold_four)(task, space, scales, items, c, count - 1, 0, each);
+}
+
+/* Folds the finished sums of candidates into their items' running maxima. */
+INLINE void NAME(fold)(const Task *task, const Space *space, const float *scales, const int64_t *items, int count) {
+    if (task->layout != MANY) {
+        if (space->rows == 1)
+            NAME(fold_few)(task, space, scales, items, count, 1);
+        else if (space->rows == 2)
+            NAME(fold_few)(task, space, scales, items, count, 2);
+        else
+            NAME(fold_few)(task, space, scales, items, count, 4);
+        return;
+    }
+    const int64_t sums = task->rows / WIDTH;
+    for (int c = 0; c < count; c++) {
+        float *best = space->best + items[c] * space->stride;
+        for (int64_t m = 0; m < sums; m++, best += WIDTH) {
+            vf dots = space->sums[c * sums + m];
+            if (STORAGE == INT8) dots *= scales[c];
+            *space->poison += dots - dots;
             *(vf *)best = LARGER(dots, *(vf *)best, vf, vi);
         }
+    }
 }
 #undef Codes
 #undef Query

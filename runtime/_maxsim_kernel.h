@@ -53,9 +53,7 @@ static void NAME(flat)(const Task *task, const Space *space, const Group *group,
         for (int c = 0; c < count; c++) tails[c] = memcpy(tail[c], candidates[c], rest * BYTES);
         NAME(products)(task, space, whole, 1, tails, count, 0);
     }
-    const int64_t sums = NAME(sums)(task);
-    for (int c = 0; c < count; c++)
-        NAME(fold)(task, space->sums + c * sums, scales[c], space->best + items[c] * space->stride, (float *)space->poison);
+    NAME(fold)(task, space, scales, items, count);
 }
 
 static void NAME(block)(const Task *task, const Space *space, int64_t first, int64_t last) {

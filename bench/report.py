@@ -13,7 +13,7 @@ from .report_advice import CANDIDATES, LATENCY_MS, make_advice
 from .report_page import page
 from .report_plots import PLOTS, Plot
 from .report_tables import TABLES
-from .report_theme import save_png, themed, to_svg
+from .report_theme import save_png, save_svg, themed, to_svg
 from .table import Table
 
 # The page, top to bottom: a heading, and the plots and tables below it. What was not measured is left out.
@@ -48,11 +48,12 @@ def write_report(records: Sequence[Record], folder: Path) -> Path:
 
 
 def render_plot(plot: Plot, records: Sequence[Record], folder: Path) -> str:
-    """The plot as a figure element, and as plots/NAME.png; an empty text where nothing was measured for it."""
+    """The plot as a figure element, and as plots/NAME.png and .svg; an empty text where nothing was measured for it."""
     figure = plot.draw(records)
     if figure is None:
         return ""
     save_png(figure, folder / "plots" / f"{plot.name}.png")
+    save_svg(figure, plot.name, folder / "plots" / f"{plot.name}.svg")
     caption = f"<strong>{html.escape(plot.title)}.</strong> {html.escape(plot.caption)}"
     return (
         f'<figure id="plot-{plot.name}" role="img" aria-label="{html.escape(plot.title)}">'

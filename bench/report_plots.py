@@ -50,6 +50,24 @@ def draw_quality(records: Sequence[Record]) -> Figure | None:
     return _finish(figure, axes, "budget (query, candidate vectors)", "nDCG@5")
 
 
+def draw_budgets(records: Sequence[Record]) -> Figure | None:
+    """Three panels side by side, of one model: what a budget gives, and what it takes."""
+    quality = [r for r in of_kind(records, "quality", "dataset", "artefact", "budget", "cascade") if not r["cascade"]]
+    scoring = of_kind(records, "scoring", "model", "budget")
+    scoring = [record for record in scoring if quality and quality[0]["artefact"].startswith(record["model"])]
+    if not scoring:
+        return None
+    figure, panels = plt.subplots(1, 3, figsize=(9.6, 2.7))
+    count = f"{scoring[0]['scaled_to']:,} candidates"
+    _labelled_curve(panels[0], quality, "ndcg_at_5", "nDCG@5", "{:.3f}")
+    _labelled_curve(panels[1], scoring, "scaled_ms", f"scoring {count}, ms a query", "{:,.1f}")
+    _labelled_curve(panels[2], quality, "index_kib_per_item", "index, KiB an item (bf16)", "{:,g}")
+    for axes in panels[1:]:
+        axes.set_yscale("log")
+        _log_axis(axes.yaxis)
+    return figure
+
+
 def draw_claims(records: Sequence[Record]) -> Figure | None:
     found = of_kind(records, "claim_point", "system", "budget")
     if not found:
@@ -244,6 +262,7 @@ def draw_sensitivity(records: Sequence[Record]) -> Figure | None:
 
 
 PLOTS = (
+    Plot("budgets", "What a budget gives and takes", "One model, in one row: for slides and a README.", draw_budgets),
     Plot("quality", "Quality by budget", "nDCG@5 with 95 % bootstrap intervals over the queries.", draw_quality),
     Plot("claims", "The paper's claims, on the demo", "The same queries for all systems; bands are 95 % intervals.", draw_claims),
     Plot("tradeoff", "What a kilobyte buys", "Each mark is a budget; further left is a smaller index.", draw_tradeoff),
@@ -272,6 +291,17 @@ def _curve_with_interval(axes: Axes, curve: Sequence[Record], label: str, k: int
         axes.fill_between(budgets, low, high, color=colour, alpha=0.14, linewidth=0)
     else:
         axes.vlines(budgets, low, high, color=colour, alpha=0.5, linewidth=2)
+
+
+def _labelled_curve(axes: Axes, records: Sequence[Record], value: str, title: str, form: str) -> None:
+    """A value by budget, with each number beside its mark."""
+    axes.plot([r["budget"] for r in records], [r[value] for r in records], color=SERIES[0], marker=MARKERS[0])
+    for record in records:
+        axes.annotate(form.format(record[value]), (record["budget"], record[value]), xytext=(-5, 4),
+                      textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+    axes.set_title(title, fontsize=9.5, color=LIGHT["muted"], loc="left")
+    axes.tick_params(labelsize=8.5)
+    axes.margins(x=0.2, y=0.15)
 
 
 def _finish(figure: Figure, axes: Axes, x: str, y: str) -> Figure:

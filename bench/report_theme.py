@@ -95,5 +95,14 @@ def save_png(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=PNG_DPI, facecolor=LIGHT["paper"], transparent=False)
 
 
+def save_svg(figure: Figure, name: str, path: Path) -> None:
+    """A picture of its own that is light or dark as its viewer is."""
+    style = f"<style>svg {{ {css_variables(False)} }} @media (prefers-color-scheme: dark) {{ svg {{ {css_variables(True)} }} }}"
+    style += " text { font-family: system-ui, sans-serif; }</style>"
+    element = to_svg(figure, name)
+    end = element.index(">") + 1
+    path.write_text(f"{element[:end]}{style}{element[end:]}", encoding="utf-8")
+
+
 def css_variables(dark: bool) -> str:
     return " ".join(f"--{name}: {colours[dark]};" for name, colours in PALETTE.items())

@@ -139,6 +139,18 @@ def test_documented_tables_equal_the_records(path):
         assert fill_tables(text, recorded) == text
 
 
+def test_the_readme_picture_shows_the_records(tmp_path):
+    """Expected: what bench/results draws now. Mend with: metaembed-bench report bench/results -o DIR, then plots/budgets.svg."""
+
+    def words(path):
+        return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text(encoding="utf-8"))
+
+    write_report(read_records([ROOT / "bench" / "results"]), tmp_path)
+    drawn = words(tmp_path / "plots" / "budgets.svg")
+    assert {"nDCG@5", "16,64"} < set(drawn)
+    assert words(ROOT / "docs" / "budgets.svg") == drawn
+
+
 def _point(name, budget, values):
     return ClaimPoint(name, budget, True, ({"ndcg_at_5": np.array(values)},), budget.candidate)
 

@@ -14,8 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    from .records import read_records
+    from .records import as_measured, read_records
     from .report import write_report
 
     folder = args.folder if args.folder.is_dir() else args.folder.parent
-    print(write_report(read_records([args.folder]), args.output or folder))
+    records = read_records([args.folder])
+    with as_measured():
+        print(write_report(records, args.output or folder))

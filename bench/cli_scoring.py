@@ -28,6 +28,8 @@ def work(args: argparse.Namespace) -> None:
 
     if args.rounds < 1 or not 0 < args.scale <= 1:
         raise UsageError("--rounds is at least 1, and --scale above 0 and at most 1")
+    if min(args.dim or [1]) < 1 or args.scenes < 1:
+        raise UsageError("--dim and --scenes are at least 1")
     for kind, values, line in _measure(args):
         print(line, flush=True)
         if args.output:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> int:
-    from .records import read_records
+    from .records import as_measured, read_records
     from .report_tables import fill_tables
 
     records, stale = read_records([args.records]), []
@@ -34,7 +34,8 @@ def work(args: argparse.Namespace) -> int:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UsageError(f"{path} is not UTF-8 text ({error}); tables are written into Markdown files") from None
-        filled = fill_tables(text, records)
+        with as_measured():
+            filled = fill_tables(text, records)
         if filled != text:
             stale.append(path)
             if not args.check:

@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import math
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from metaembed.runtime.errors import UsageError
+from metaembed.runtime.index_build import join_title
 from metaembed.runtime.search import find_images
 
 log = logging.getLogger(__name__)
@@ -162,14 +164,16 @@ def _item(row: dict[str, Any], folder: Path, where: str) -> Item:
     """BEIR's ``_id``, ``title`` and ``text``, and our ``image``, a path relative to the folder."""
     if row.get("_id") in (None, ""):
         raise UsageError(f"{folder / where} has no _id")
-    text = " ".join(str(part) for part in (row.get("title"), row.get("text")) if part)
+    title, text = row.get("title"), row.get("text")
+    if not all(part is None or isinstance(part, str) for part in (title, text)):
+        raise UsageError(f"{folder / where}: title and text are strings, or null where absent")
     image = _existing(folder, str(row["image"]), where) if row.get("image") else None
-    return Item(str(row["_id"]), text if text.strip() else None, image)
+    return Item(str(row["_id"]), join_title(title, text), image)
 
 
 def _existing(folder: Path, name: str, where: str) -> Path:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+    path = folder / name  # which may be a link to elsewhere, as in Hugging Face's cache
+    if os.path.isabs(name) or Path(os.path.normpath(name)).parts[:1] == ("..",) or not path.is_file():
         raise UsageError(f"{folder / where} names the image {name!r}, which is not in the folder")
     return path
 
@@ -221,7 +225,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, line {number} is not JSON ({error})") from None
         if not isinstance(row, dict):
             raise UsageError(f"{path}, line {number} is not an object")

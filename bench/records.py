@@ -9,13 +9,14 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from metaembed.runtime.errors import BundleError, UsageError
+from metaembed.runtime.errors import BundleError, MetaEmbedError, UsageError
 from metaembed.runtime.manifest import MANIFEST, Bundle, FileRecord
 from metaembed.runtime.maxsim_native import describe_kernels
 from metaembed.runtime.memory import GIB
@@ -84,6 +85,19 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
         for file in files
         for number, line in _lines(file)
     ]
+
+
+@contextmanager
+def as_measured() -> Iterator[None]:
+    """Turns what a record's value of a strange kind causes (null, a text for a number) into a sentence."""
+    try:
+        yield
+    except MetaEmbedError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise BundleError(
+            f"a record holds a value that no measurement writes ({error}); --verbose says where"
+        ) from error
 
 
 def latest(records: Iterable[Record], *keys: str) -> list[Record]:

@@ -126,7 +126,7 @@ def advise(plan: Plan, device: Device, needs: Needs, curve: QualityCurve | None 
     if missing:
         raise UsageError(f"the quality curve says nothing of budget {missing[0]}; measure it, or name other budgets")
     usable = int(USABLE * device.memory_gib * GIB)
-    memory = usable if needs.memory_gib is None else min(usable, int(needs.memory_gib * GIB))
+    memory = usable if needs.memory_gib is None else int(min(usable, needs.memory_gib * GIB))
     options = sorted(_options(plan, device, needs, curve or QualityCurve({})), key=_preference)
     fitting = [option for option in options if _fits(option, memory, needs)]
     return Advice(

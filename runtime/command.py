@@ -55,7 +55,9 @@ def run_command(
 ) -> int:
     """Parse, work, and turn every expected failure into one sentence on stderr and an exit code (0, 1 or 2)."""
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     level = logging.DEBUG if args.verbose else logging.ERROR if args.quiet else logging.WARNING
     logging.getLogger("metaembed").setLevel(level)  # not the root: Pillow and torch would flood --verbose
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show is escaped, never a traceback
@@ -77,6 +79,11 @@ def run_command(
         return _fail(parser, args, "interrupted; nothing half-written was left", 130)
 
 
+class _OneLine(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return on_one_line(super().formatMessage(record))
+
+
 def _os_sentence(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return f"the disk is full{f' ({error.filename})' if error.filename else ''}; free some space and run again"
@@ -86,7 +93,7 @@ def _os_sentence(error: OSError) -> str:
 def _fail(parser: Parser, args: argparse.Namespace, sentence: str, code: int) -> int:
     if args.verbose:
         logging.getLogger(parser.prog).exception("traceback follows")
-    print(f"{parser.prog}: {sentence}", file=sys.stderr)
+    print(on_one_line(f"{parser.prog}: {sentence}"), file=sys.stderr)
     return code
 
 

@@ -15,3 +15,10 @@ class BundleError(MetaEmbedError):
 
 class ParityError(MetaEmbedError):
     """Embeddings disagree with the reference beyond the tolerance."""
+
+
+def describe_unusable(error: ImportError) -> str:
+    """Why ONNX Runtime cannot be used: it is not there, or what its import said (a library that it needs is missing)."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+        return "is not installed; pip install 'metaembed-export[runtime]'"
+    return f"cannot be loaded ({error})"

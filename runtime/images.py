@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ SUPPORTED = {
     "rescale_factor": 1 / 255,
     "resample": int(Image.Resampling.BICUBIC),
 }
+_FILTERS = threading.Lock()  # warning filters are the process's: two threads would each restore the other's
 # The defaults of transformers' Qwen2VLImageProcessor, for keys that a preprocessor_config.json leaves out.
 DEFAULT_SIZE = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
 DEFAULT_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -165,12 +167,11 @@ def smart_resize(height: int, width: int, rules: ImageRules) -> tuple[int, int]:
     return rows * rules.unit, columns * rules.unit
 
 
-@contextmanager
-def _no_warning() -> Iterator[None]:
+def _open(path: Path) -> Image.Image:
     """Pillow warns of images from 89 megapixels on, and refuses those of twice that; so do we, in a sentence."""
-    with warnings.catch_warnings():
+    with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        yield
+        return Image.open(path)
 
 
 def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
@@ -191,7 +192,7 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     path = Path(source)
     if not os.path.isfile(path):  # False for a name too long, where Path.is_file raises
         raise UsageError(f"{path} is {'a folder' if os.path.isdir(path) else 'missing'}; an image file is needed")
-    with _one_sentence(str(path)), _no_warning(), Image.open(path) as image:
+    with _one_sentence(str(path)), _open(path) as image:
         if image.format == "EPS":  # Pillow would start Ghostscript on it
             raise UsageError(f"{path} is PostScript; convert it to PNG or JPEG first")
         return _stretch(_rgb_on_white(_upright(image)), str(path))
@@ -254,12 +255,23 @@ def _rgb_on_white(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("it holds floating-point pixels; save it with 8 bits per channel")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips to white in some versions
-        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
+        image = _grey_on_white(image)
     if image.has_transparency_data:
         page = Image.new("RGBA", image.size, "white")
         page.alpha_composite(image.convert("RGBA"))
         image = page
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey_on_white(image: Image.Image) -> Image.Image:
+    """The upper 8 bits of 16-bit grey; the one value that a PNG may call transparent is white."""
+    if image.format == "TIFF" and image.mode == "I":
+        raise ValueError("it holds 32-bit integer pixels; save it with 8 bits per channel")
+    values = np.asarray(image)
+    grey = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
+    if isinstance(clear := image.info.get("transparency"), int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey)
 
 
 def _stretch(image: Image.Image, name: str) -> Image.Image:

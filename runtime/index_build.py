@@ -49,8 +49,8 @@ class IndexingReport:
 def read_data(path: Path) -> list[Item]:
     """The images of a folder (id: path within it), or the lines of a JSONL file.
 
-    A line is an object with ``id`` (or ``_id``), ``text``, ``image`` (a path relative to the file), at least one of the
-    two; its other fields become the payload.
+    A line is an object with ``id``, ``text``, ``image`` (a path relative to the file), at least one of the two; its other
+    fields become the payload. With ``_id`` instead it is BEIR's: its ``title`` stands before the text, and in the payload.
 
     Raises:
         UsageError: nothing there, a line that is not of this form, or an id that occurs twice.
@@ -76,22 +76,30 @@ def read_data(path: Path) -> list[Item]:
 def _read_line(path: Path, number: int, line: bytes) -> Item:
     try:
         data = json.loads(line, parse_constant=_refuse)
-        json.dumps(data, ensure_ascii=False).encode()
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()  # 1e999 is infinite
     except UnicodeEncodeError:
         raise UsageError(f"{path} line {number} holds half a character (a lone surrogate)") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} line {number} is not JSON ({error})") from None
     if not isinstance(data, dict):
         raise UsageError(f"{path} line {number} is no JSON object")
-    id_ = data.pop("id", None) if "id" in data else data.pop("_id", None)
-    text, image = data.pop("text", None), data.pop("image", None)
-    if isinstance(id_, bool) or not isinstance(id_, (str, int)) or id_ == "":
+    own, beir, text, image = (data.pop(name, None) for name in ("id", "_id", "text", "image"))
+    id_ = beir if own is None else own
+    title = data.get("title") if own is None else None
+    if id_ is None or id_ == "":
         raise UsageError(f"{path} line {number} has no id; give every item a distinct one")
-    if not all(value is None or isinstance(value, str) for value in (text, image)):
-        raise UsageError(f"{path} line {number}: text and image are strings, or null where absent")
-    if not text and not image:
+    if isinstance(id_, bool) or not isinstance(id_, (str, int)):
+        raise UsageError(f"{path} line {number}: the id {id_!r} is neither a text nor a whole number")
+    if not all(value is None or isinstance(value, str) for value in (text, image, title)):
+        raise UsageError(f"{path} line {number}: text, image and title are strings, or null where absent")
+    if text is None and title is None and not image:
         raise UsageError(f"{path} line {number} has neither a text nor an image")
-    return Item(str(id_), text or None, path.parent / image if image else None, data or None)
+    return Item(str(id_), join_title(title, text), path.parent / image if image else None, data or None)
+
+
+def join_title(title: str | None, text: str | None) -> str | None:
+    """What of a document is encoded: its title and its text, as BEIR's own models read them; None where both are blank."""
+    return " ".join(part for part in (title, text) if part and part.strip()) or None
 
 
 def _refuse(constant: str) -> object:

@@ -14,6 +14,7 @@ _NAME = r'[^\s.=!<>"\\](?:[^.=!<>"\\]*[^\s.=!<>"\\])?'
 _CONDITION = re.compile(rf"\s*({_NAME}(?:\.{_NAME})*)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*", re.DOTALL)
 
 
+KINDS = {bool: "'true', 'false'", str: "'text'", (int, float): "'integer', 'real'"}  # what SQLite calls them in JSON
 MOST_CONDITIONS = 100  # SQLite nests them, 1,000 deep at most
 MOST = (1 << 63) - 1  # SQLite's largest integer; larger ones are compared as floats
 
@@ -34,21 +35,26 @@ def parse_filters(texts: Iterable[str]) -> tuple[str, list[object]]:
         if not match:
             raise UsageError(f"filter {text!r} is not of the form FIELD=VALUE (also != < <= > >=)")
         field, operator, value = match.groups()
+        if value[:1] in ("=", "<", ">"):
+            raise UsageError(
+                f"filter {text!r} has no operator of = != < <= > >=; text that begins so is quoted, '{field}=\"...\"'"
+            )
         path = "$" + "".join(f'."{name}"' for name in field.split("."))
-        # Types must agree: in SQL every text is larger than every number.
-        kinds = "'text'" if isinstance(read := _value(value), str) else "'integer', 'real', 'true', 'false'"
+        # Types must agree: in SQL every text is larger than every number, and true is 1.
+        read = _value(value)
+        try:
+            f"{field}{read}".encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"filter {text!r} is not valid Unicode") from None
+        kinds = next(kinds for kind, kinds in KINDS.items() if isinstance(read, kind))
         parts.append(f"json_type(payload, ?) IN ({kinds}) AND json_extract(payload, ?) {OPERATORS[operator]} ?")
         values += [path, path, read]
     return " AND ".join(parts) or "1", values
 
 
-def _value(text: str) -> object:
+def _value(text: str) -> bool | str | int | float:
     try:
-        text.encode()
         value = json.loads(text, parse_constant=str)  # NaN and the like are text: payloads hold no such numbers
-        str(value).encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"filter value {text!r} is not valid Unicode") from None
     except (ValueError, RecursionError):
         return text
     if isinstance(value, int) and abs(value) > MOST:

@@ -172,7 +172,7 @@ def _run(storage: int, tasks: Sequence[tuple[_Task, int]], work: int, arrays: ob
             failed |= bool(kernels.metaembed_maxsim(storage, ctypes.byref(task), first, last))
 
     try:
-        others = [_pool(threads).submit(take) for _ in range(threads - 1)]
+        others = [_pool().submit(take) for _ in range(threads - 1)]
         failed = take()
         failed = any([failed, *(other.result() for other in others if not other.cancel())])
     finally:
@@ -182,8 +182,12 @@ def _run(storage: int, tasks: Sequence[tuple[_Task, int]], work: int, arrays: ob
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="maxsim")
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_count(), thread_name_prefix="maxsim")
+
+
+if hasattr(os, "register_at_fork"):  # a forked child has none of its parent's threads, and makes its own
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _address(array: NDArray[Any] | None) -> int | None:
@@ -198,7 +202,10 @@ def _is_dense(group: NDArray[Any] | Int8Vectors) -> bool:
     values = _values(group)
     size, (item, vector, dim) = values.itemsize, values.strides
     dense = dim == size and vector == size * values.shape[2] and item % size == 0
-    return dense and (not isinstance(group, Int8Vectors) or group.scales.strides[1] == group.scales.itemsize)
+    if not dense or not isinstance(group, Int8Vectors):
+        return dense
+    size, (item, vector) = group.scales.itemsize, group.scales.strides
+    return vector == size and item % size == 0
 
 
 def _describe(group: NDArray[Any] | Int8Vectors) -> _Group:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .cuda import find_gpu
-from .errors import BundleError, MetaEmbedError, UsageError
+from .errors import BundleError, MetaEmbedError, UsageError, describe_unusable
 from .manifest import LANGUAGE, SCORER, VISION, Bundle, cpu_graph
 from .memory import GIB, available_memory
 from .providers import CPU, CUDA, TENSORRT, Attempt, plan_attempts, provider_options
@@ -67,11 +67,11 @@ def open_ort_sessions(
     """
     try:
         from .session_ort import available_providers, load_cuda
-    except ImportError:
+    except ImportError as error:
         raise MetaEmbedError(
-            "no engine of this bundle runs here (it has none, or no GPU is found), and onnxruntime is not installed; "
-            "pip install 'metaembed-export[runtime]'"
-        ) from None
+            "no engine of this bundle runs here (it has none, or no GPU is found), and onnxruntime "
+            f"{describe_unusable(error)}"
+        ) from error
     names = available_providers() if available is None else available
     *hopeful, last = plan_attempts(names, bundle.manifest.precision, graphs)
     if hopeful:

@@ -48,7 +48,7 @@ def curve_of(records: Sequence[Mapping[str, Any]]) -> QualityCurve:
     """The curve of the data set and artefact that were measured last; of several records of one budget the last counts."""
     found = [record for record in records if record.get("kind") == "quality"]
     last = [r for r in found if (r.get("dataset"), r.get("artefact")) == _subject(found[-1])]
-    values = {str(record["cascade"] or record["budget"]): float(record["ndcg_at_5"]) for record in last}
+    values = {str(record["cascade"] or record["budget"]): _ndcg(record) for record in last}
     source = " on ".join(str(part) for part in reversed(_subject(found[-1])) if part) if found else ""
     return QualityCurve(values, min((int(record.get("candidates") or 0) for record in last), default=0), source)
 
@@ -74,11 +74,18 @@ def read_curve(path: Path) -> QualityCurve:
             if record.get("kind") == "quality":
                 curve_of([record])
                 records.append(record)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise BundleError(f"{path}, line {number} is no quality record") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise BundleError(f"{path}, line {number} is no quality record (nDCG@5 is a number from 0 to 1)") from None
     if not records:
         raise UsageError(f"{path} holds no quality records; metaembed-bench quality BUNDLE -o FILE writes them")
     return curve_of(records)
+
+
+def _ndcg(record: Mapping[str, Any]) -> float:
+    value = record["ndcg_at_5"]
+    if isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{value!r} is no nDCG")
+    return float(value)
 
 
 def _subject(record: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -6,16 +6,19 @@ ONNX Runtime is installed, it opens each graph that it can run, with weights lef
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from .errors import BundleError
+from .errors import BundleError, describe_unusable
 from .frozen import find_frozen
 from .manifest import DEFAULT_OPSET, LANGUAGE, SCORER, VISION, Bundle, cpu_graph
 from .protobuf import Fields, messages, read_fields, text
+
+log = logging.getLogger(__name__)
 
 # Every operator a graph of the default opset may hold. All are in the ONNX-TensorRT 10.3 operator table
 # (github.com/onnx/onnx-tensorrt/blob/release/10.3-GA/docs/operators.md), the parser that JetPack 6.2 ships.
@@ -136,7 +139,8 @@ def _open_graphs(bundle: Bundle, graphs: list[str]) -> None:
     """Open what ONNX Runtime's CPU provider can run: the float32 twins of narrow graphs, else the graphs."""
     try:
         from .session_ort import OrtSession
-    except ImportError:
+    except ImportError as error:
+        log.warning("graphs and weights were read, but no graph was opened: onnxruntime %s", describe_unusable(error))
         return
     quantised = bundle.manifest.quantization is not None
     for (

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 Side = Literal["query", "candidate"]
 IMAGE_TOKEN = "<|image_pad|>"
 PAD_TOKEN = "<|endoftext|>"
+SHOWN = 40  # characters of a text in a warning
 CONTROL = re.compile(r"(<\|\w+\|>)")  # how a template writes a control token
 
 
@@ -139,7 +140,10 @@ class Tokenizer:
         first = sum(end <= len(lead) for _, end in encoding.offsets)
         surplus = len(encoding.ids) - first - limit
         if surplus > 0:
-            log.warning("text of %d tokens cut to %d: the last %d are not read", limit + surplus, limit, surplus)
+            start = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+            log.warning(
+                "text of %d tokens cut to %d, the last %d are not read: %r", limit + surplus, limit, surplus, start
+            )
         ids: list[int] = encoding.ids[: first + limit]
         return ids
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from metaembed.bench.dataset import demo_dataset, load_dataset
 from metaembed.runtime.errors import UsageError
+from metaembed.runtime.index_build import read_data
 
 
 def _write(path, *rows):
@@ -121,6 +122,27 @@ def test_the_demo_set_is_read_from_disk_like_any_other():
         assert [query.image is not None for query in dataset.queries] == [False, False, True, True]
 
 
+def test_images_may_be_links_as_in_a_hub_cache(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    _page(tmp_path / "blobs/abc.png")
+    folder = tmp_path / "snapshot"
+    (folder / "pages").mkdir(parents=True)
+    (folder / "pages/1.png").symlink_to("../../blobs/abc.png")
+    _write(folder / "corpus.jsonl", {"_id": "d", "image": "pages/1.png"})
+    _write(folder / "queries.jsonl", {"_id": "q", "text": "x"})
+    (folder / "qrels.tsv").write_text("q\td\t1\n")
+    assert load_dataset(folder).candidates[0].image == folder / "pages/1.png"
+
+
+def test_an_index_holds_what_quality_is_measured_on(beir):
+    """Found in review: the index left BEIR's titles out. Expected: text for text what the data set says."""
+    indexed = read_data(beir / "corpus.jsonl")
+    assert [(item.id, item.text) for item in indexed] == [
+        (item.id, item.text) for item in load_dataset(beir).candidates
+    ]
+    assert indexed[0].payload == {"title": "A"}
+
+
 @pytest.mark.parametrize(
     ("file", "text", "says"),
     [
@@ -134,6 +156,9 @@ def test_the_demo_set_is_read_from_disk_like_any_other():
         ("queries.jsonl", "[]", "not an object"),
         ("corpus.jsonl", '{"_id": "d1"}\n', "neither text nor image"),
         ("corpus.jsonl", '{"_id": "d1", "image": "../x.png"}\n', "not in the folder"),
+        ("corpus.jsonl", '{"_id": "d1", "image": "/x.png"}\n', "not in the folder"),
+        ("corpus.jsonl", '{"_id": "d1", "text": ["a"]}\n', "are strings"),
+        ("corpus.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("corpus.jsonl", '{"text": "a"}\n', "no _id"),
         ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "a"}\n', "unique, and 'd1' occurs 2 times"),
         ("corpus.jsonl", '{"_id": "d1", "text": " "}\n', "neither text nor image, but a judgement"),

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 
+from metaembed.bench.cli import main
 from metaembed.bench.records import ORIGIN, append_records, by_kernels, latest, make_record, read_records
 from metaembed.bench.report import write_report
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.manifest import Bundle
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 
 def test_records_come_back_with_their_origin(tmp_path):
@@ -100,3 +105,14 @@ def test_a_record_that_lacks_fields_is_named(tmp_path, kind):
     (tmp_path / "a.jsonl").write_text(json.dumps({"kind": kind}) + "\n")
     with pytest.raises(BundleError, match=f"of kind '{kind}' lacks '"):
         write_report(read_records([tmp_path]), tmp_path / "report")
+
+
+@pytest.mark.parametrize(
+    "fault", [{"ndcg_at_5": "0.5"}, {"ndcg_at_5": None}, {"machine": None, "index_kib_per_item": "a"}]
+)
+def test_a_record_of_strange_values_is_one_sentence(tmp_path, fault, capsys):
+    shutil.copy(RESULTS / "quality.jsonl", tmp_path / "quality.jsonl")
+    lines = (tmp_path / "quality.jsonl").read_text().splitlines()
+    (tmp_path / "quality.jsonl").write_text("\n".join(json.dumps({**json.loads(line), **fault}) for line in lines))
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "report")]) == 1
+    assert "no measurement writes" in capsys.readouterr().err

@@ -155,6 +155,10 @@ def test_a_damaged_curve_is_named(tmp_path):
     path.write_text('{"kind": "quality"}\n')
     with pytest.raises(BundleError, match="line 1"):
         read_curve(path)
+    for value in ("NaN", "Infinity", "true", "97", "-0.1", "null", "[" * 100_000):
+        path.write_text(f'{{"kind": "quality", "budget": "1,1", "cascade": null, "ndcg_at_5": {value}}}\n')
+        with pytest.raises(BundleError, match="line 1"):
+            read_curve(path)
     path.write_text('{"kind": "scoring"}\n')
     with pytest.raises(UsageError, match="no quality records"):
         read_curve(path)

@@ -54,6 +54,12 @@ def test_each_failure_is_one_sentence_and_its_code(
     assert captured.out == ""
 
 
+def test_names_of_files_cannot_pass_for_output(capsys: pytest.CaptureFixture[str]):
+    """Found in review: a line break and a terminal's control sign in a file's name reached the terminal as they were."""
+    assert finish(UsageError("bad\n\x1b[31mrm -rf.jpg is missing")) == 2
+    assert capsys.readouterr().err == "metaembed-x: bad\\n\\x1b[31mrm -rf.jpg is missing\n"
+
+
 def test_success_is_zero_and_silent(capsys: pytest.CaptureFixture[str]):
     assert finish(None) == 0
     assert capsys.readouterr() == ("", "")

@@ -3,7 +3,9 @@
 import json
 import os
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -77,6 +79,25 @@ def test_sixteen_bit_grey_keeps_its_upper_byte(tmp_path):
         Image.fromarray(values).save(tmp_path / name)
         found = np.asarray(load_image(tmp_path / name))
         np.testing.assert_array_equal(found, np.repeat((values // 256)[..., None], 3, axis=2))
+
+
+def test_the_transparent_value_of_sixteen_bit_grey_becomes_white(tmp_path):
+    """PNG: one 16-bit value is transparent, and another of the same upper byte is not."""
+    values = np.full((30, 40), 1000, np.uint16)
+    values[:, 20:] = 1001
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=1000)
+    found = np.asarray(load_image(tmp_path / "a.png"))
+    assert (found[:, :20] == 255).all()
+    assert (found[:, 20:] == 1001 // 256).all()
+
+
+def test_threads_that_read_images_leave_the_warning_filters_as_they_were(tmp_path):
+    """Found in review: each thread restored what another had set, and Pillow's warning stayed off for good."""
+    ramp("RGB").save(tmp_path / "a.png")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(load_image, [tmp_path / "a.png"] * 500))
+    assert warnings.filters == before
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -22,7 +22,9 @@ from metaembed.runtime.cascade import Stage
 from metaembed.runtime.errors import BundleError, MetaEmbedError, UsageError
 from metaembed.runtime.index import SEGMENTS, Index
 from metaembed.runtime.index_catalogue import CATALOGUE
+from metaembed.runtime.index_filter import parse_filters
 from metaembed.runtime.index_layout import Layout
+from metaembed.runtime.index_writer import IndexWriter
 from metaembed.runtime.int8 import dequantize_int8, quantize_int8
 
 R, D = 5, 7
@@ -240,6 +242,24 @@ def test_ties_go_by_id_wherever_they_lie(folder, query):
         assert [hit.id for hit in index.search(query, 4, cascade=FULL)] == ["a", "b", "c", "d"]
         stages = [Stage(Budget(1, 1), 3), Stage(Budget(3, R))]
         assert [hit.id for hit in index.search(query, 2, cascade=stages)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("text", ["v<>1", "v=>1", "v=<1", "v!==1", "v===1"])
+def test_operators_of_other_languages_are_refused(text):
+    """Found in review: ``v<>1`` was read as less than the text ``>1``, and found nothing without a word."""
+    with pytest.raises(UsageError, match="has no operator of"):
+        parse_filters([text])
+    assert parse_filters(['v="=1"'])[1][-1] == "=1"
+
+
+def test_filters_tell_true_from_one(tmp_path):
+    ids = ["true", "one", "text"]
+    Index.create(tmp_path / "i", Layout.for_vectors(8, 1))
+    with IndexWriter(tmp_path / "i") as writer:
+        writer.add(ids, np.ones((3, 1, 8), np.float32), [{"v": True}, {"v": 1}, {"v": "true"}])
+    with Index.open(tmp_path / "i") as index:
+        for condition, expected in (("v=true", ["true"]), ("v=1", ["one"]), ('v="true"', ["text"]), ("v<2", ["one"])):
+            assert [hit.id for hit in index.search(np.ones((1, 8), np.float32), where=[condition])] == expected
 
 
 def test_filters_name_fields_as_data_sets_do(folder, query):

@@ -173,6 +173,8 @@ def test_mistakes_get_one_sentence(demo_bundle, data, index, tmp_path, capsys):
         ("[1]", "line 1 is no JSON object"),
         ('{"text": "a"}', "line 1 has no id"),
         ('{"id": "a"}', "neither a text nor an image"),
+        ('{"id": "a", "text": "b"}\n{"id": "c", "text": "d", "v": 1e999}', "line 2 is not JSON"),
+        ('{"id": 1.5, "text": "b"}', "the id 1.5 is neither a text nor a whole number"),
         ('{"id": "a", "text": "b"}\n{"id": "a", "text": "c"}', "the id 'a' twice"),
     ]:
         lines.write_text(content)

@@ -203,6 +203,41 @@ def test_threads_give_the_scores_of_one_thread(monkeypatch):
     np.testing.assert_array_equal(maxsim_native.score(queries, [([candidates], None)])[0], expected)
 
 
+def test_int8_scales_that_lie_at_odd_distances_are_read_right():
+    """Records of 126 codes and a scale, 130 bytes: no whole number of floats. Expected: float64 over the dequantised codes."""
+    rng = np.random.default_rng(9)
+    records = np.zeros(6, np.dtype([("codes", "i1", (1, 126)), ("scales", "<f4", (1,))]))
+    records["codes"], records["scales"] = rng.integers(-127, 128, (6, 1, 126)), rng.random((6, 1)) + 0.5
+    queries = unit(rng, 1, 2, 126)
+    wide = records["codes"] * records["scales"].astype(np.float64)[..., None]
+    found = maxsim(queries, Int8Vectors(records["codes"], records["scales"]))
+    np.testing.assert_allclose(found, brute_force(queries, [wide]), rtol=1e-5)
+
+
+FORKED = """
+import os, threading
+import numpy as np
+from metaembed.runtime import maxsim_native
+maxsim_native.thread_count, maxsim_native.SMALL_TASK = lambda: 3, 1
+queries = np.ones((1, 4, 64), np.float32)
+for items in (200, 900, 5000):  # shares of different numbers
+    maxsim_native.score(queries, [([np.ones((items, 3, 64), np.float32)], None)])
+pool = [thread for thread in threading.enumerate() if thread.name.startswith("maxsim")]
+assert 0 < len(pool) <= 3, pool
+if (child := os.fork()) == 0:
+    maxsim_native.score(queries, [([np.ones((5000, 3, 64), np.float32)], None)])
+    os._exit(0 if threading.active_count() > 1 else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.usefixtures("kernels")
+def test_one_pool_serves_every_size_and_a_forked_child_makes_its_own():
+    """Found in review: a pool for each number of threads, and a child queued work for threads that it did not have, for ever."""
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True)
+    assert ended.stdout == "0\n", ended.stderr
+
+
 INTERRUPTED = """
 import os, signal, threading
 import numpy as np

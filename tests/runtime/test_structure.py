@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import onnx
 import pytest
 
 from metaembed.runtime.cli_check import main
-from metaembed.runtime.errors import BundleError
+from metaembed.runtime.errors import BundleError, MetaEmbedError
 from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Bundle
+from metaembed.runtime.open_sessions import open_ort_sessions
 from metaembed.runtime.structure import check_structure
 
 
@@ -22,6 +24,34 @@ def test_a_good_bundle_passes_and_its_weights_are_counted(demo_bundle: Path):
         assert (record.name, record.nodes, record.weights) == (name, len(graph.node), len(external))
         lengths = [int(entry.value) for tensor in external for entry in tensor.external_data if entry.key == "length"]
         assert record.weight_bytes == sum(lengths)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime"), "onnxruntime is not installed"),
+        (
+            ImportError("libcudart.so.12: cannot open shared object file"),
+            "cannot be loaded (libcudart.so.12: cannot open",
+        ),
+    ],
+)
+def test_graphs_that_could_not_be_opened_are_said_to_be_so(demo_bundle: Path, monkeypatch, caplog, error, says):
+    """Found in review: onnxruntime's own failure was called a missing package, and the structure's check said nothing."""
+
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "onnxruntime":
+                raise error
+
+    for name in ("onnxruntime", "metaembed.runtime.session_ort", "metaembed.runtime.session_ort_gpu"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert check_structure(Bundle.open(demo_bundle))
+    assert says in caplog.text
+    with pytest.raises(MetaEmbedError) as refusal:
+        open_ort_sessions(Bundle.open(demo_bundle), [VISION])
+    assert says in str(refusal.value)
 
 
 def test_golden_vectors_are_not_needed(bundle: Path, edit_manifest, capsys: pytest.CaptureFixture[str]):

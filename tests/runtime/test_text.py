@@ -70,7 +70,7 @@ def test_long_text_is_cut_and_the_loss_is_logged_once(tokenizer, caplog):
         with caplog.at_level(logging.WARNING, "metaembed"):
             cut = tokenizer.prompt_ids("abcdefghijklmnopqrst", 0, side, 7)
         assert [record.getMessage() for record in caplog.records] == [
-            "text of 20 tokens cut to 7: the last 13 are not read"
+            "text of 20 tokens cut to 7, the last 13 are not read: 'abcdefghijklmnopqrst'"
         ]
         caplog.clear()
         with caplog.at_level(logging.WARNING, "metaembed"):

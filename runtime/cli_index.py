@@ -23,6 +23,7 @@ examples:
   metaembed-index verify corpus.index           read everything; exit 1 when anything is damaged
   metaembed-index delete corpus.index ID ...    remove items
   metaembed-index compact corpus.index          merge small segments, free what deleted items take
+  metaembed-index ann corpus.index              build the graph that metaembed-search --approximate uses
 """
 
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main_verb(argv[0], argv[1:])
     parser = Parser(prog="metaembed-index", description="Encode data with a bundle and store it.", epilog=EPILOG)
     add = parser.add_argument
-    add("bundle", type=Path, help="a folder that metaembed-export wrote, or: info, verify, delete, compact")
+    add("bundle", type=Path, help="a folder that metaembed-export wrote, or: info, verify, delete, compact, ann")
     add("--data", type=Path, required=True, metavar="DIR|FILE.jsonl", help="what to index")
     add("-o", "--output", type=Path, required=True, metavar="INDEX", help="the folder to write")
     add(
@@ -63,6 +64,10 @@ def _main_verb(verb: str, argv: Sequence[str]) -> int:
     parser.add_argument("index", type=Path, metavar="INDEX")
     if verb == "delete":
         parser.add_argument("ids", nargs="+", metavar="ID")
+    if verb == "ann":
+        add = parser.add_argument
+        add("--connectivity", type=int, default=16, metavar="M", help="neighbours of an item (default: %(default)s)")
+        add("--expansion-add", type=int, default=128, metavar="N", help="candidates for them (default: %(default)s)")
     parser.add_common()
     return run_command(parser, work, argv)
 
@@ -90,6 +95,7 @@ def _build(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     from .index import Index
+    from .index_ann import living_in
 
     with Index.open(args.index) as index:
         snapshot, layout = index.snapshot(), index.layout
@@ -99,6 +105,8 @@ def _info(args: argparse.Namespace) -> int:
         )
         print(f"{layout.vectors} vectors of {layout.dims} dims ({layout.storage}), groups end at {layout.ends}")
         print(f"{held * layout.item_bytes / GIB:.3f} GiB of vectors; made with {index.bundle}")
+        if record := index.ann.record():
+            print(f"HNSW graph of {counted(living_in(record, snapshot), 'item')}, {record.size / GIB:.3f} GiB")
     return 0
 
 
@@ -138,11 +146,25 @@ def _compact(args: argparse.Namespace) -> int:
     return 0
 
 
+def _ann(args: argparse.Namespace) -> int:
+    from .index_writer import IndexWriter
+
+    with IndexWriter(args.index) as writer:
+        count = writer.build_ann(
+            connectivity=args.connectivity, expansion_add=args.expansion_add,
+            track=lambda work: progress(work, "building", quiet=args.quiet),
+        )  # fmt: skip
+    if not args.quiet:
+        print(f"HNSW graph of {counted(count, 'item')} built; metaembed-search --approximate uses it")
+    return 0
+
+
 VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "info": (_info, "What is in an index."),
     "verify": (_verify, "Read a whole index and name everything that is damaged; exit 1 when anything is."),
     "delete": (_delete, "Remove items by id."),
     "compact": (_compact, "Merge small segments and free what deleted items take."),
+    "ann": (_ann, "Build the HNSW graph of an approximate first stage, from the items that are in the index now."),
 }
 
 if __name__ == "__main__":

@@ -36,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--budget", metavar="R_Q,R_C", help="vectors per query and candidate (default: all that there are)")
     add("--cascade", nargs="+", metavar="STAGE", help="index only: R_Q,R_C:KEEP ... R_Q,R_C (default: by its size)")
     add(
+        "--approximate",
+        action="store_true",
+        help="index only: a first stage of 1,1 scores what the HNSW graph finds (metaembed-index ann builds it)",
+    )
+    add(
         "--where",
         nargs="+",
         default=[],
@@ -79,9 +84,9 @@ def _json(hit: Hit) -> dict[str, object]:
 
 
 def _rank_folder(args: argparse.Namespace) -> tuple[list[Hit], str]:
-    if args.cascade or args.where or args.bundle or args.skip_damaged:
+    if args.cascade or args.approximate or args.where or args.bundle or args.skip_damaged:
         raise UsageError(
-            "--cascade, --where, --bundle and --skip-damaged belong to an index; metaembed-index makes one"
+            "--cascade, --approximate, --where, --bundle and --skip-damaged belong to an index; metaembed-index makes one"
         )
 
     from .budget import Budget
@@ -123,6 +128,7 @@ def _search_index(args: argparse.Namespace) -> tuple[list[Hit], str]:
             most = max((stage.budget.query for stage in stages), default=None)
             query = encoder.encode_queries([args.text], images=[args.image], budget=most)[0]
             description = encoder.description
-        hits = index.search(query, args.k, cascade=stages or None, where=args.where)
+        hits = index.search(query, args.k, cascade=stages or None, where=args.where, approximate=args.approximate)
         note = f"{len(index)} items, {'cascade ' + ' '.join(map(str, stages)) if stages else 'default cascade'}"
+        note += ", approximate first stage" if args.approximate else ""
     return hits, f"{note}, {description}"

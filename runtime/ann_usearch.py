@@ -48,7 +48,8 @@ class Graph:
 
     def __init__(self, mapped: mmap, dims: int) -> None:
         self._turn = threading.Lock()
-        self._graph = _empty(dims, expansion_search=EXPANSION_SEARCH)
+        # Without key lookups: a table of all keys in memory, of which nothing here makes use.
+        self._graph = _empty(dims, expansion_search=EXPANSION_SEARCH, enable_key_lookups=False)
         self._mapped = mapped  # usearch points into it, so it goes last
         with _sentences("usearch refuses the HNSW graph"):
             self._graph.view(memoryview(mapped))
@@ -60,8 +61,7 @@ class Graph:
 
 
 def _empty(dims: int, **settings: Any) -> UsearchIndex:
-    # Without key lookups: a table of all keys in memory that nothing here needs.
-    return UsearchIndex(ndim=dims, metric="ip", dtype="bf16", enable_key_lookups=False, **settings)
+    return UsearchIndex(ndim=dims, metric="ip", dtype="bf16", **settings)
 
 
 @contextmanager

@@ -81,6 +81,21 @@ def test_budget_cascade_and_filter_from_the_command_line(index, capsys):
     assert {hit["id"] for hit in found} == {"image1", "image2", "image3"}
 
 
+def test_an_approximate_first_stage_from_the_command_line(index, data, tmp_path, capsys):
+    """Eight items are too few to walk a graph for, so the answers are the exact ones."""
+    folder = shutil.copytree(index, tmp_path / "index")
+    command = (folder, "a red star", "--cascade", "1,1:5", "16,64", "-k", 3)
+    assert f"metaembed-index ann {folder}" in refused(capsys, cli_search.main, *command, "--approximate")
+    assert cli_index.main(["ann", str(folder), "--quiet"]) == 0
+    assert searched(capsys, *command, "--approximate") == searched(capsys, *command)
+    assert cli_search.main([*map(str, command), "--approximate"]) == 0
+    assert "cascade 1,1:5 16,64, approximate first stage" in capsys.readouterr().out
+    assert "is 1,1, not" in refused(capsys, cli_search.main, *command[:2], "--approximate")
+    assert "belong to an index" in refused(
+        capsys, cli_search.main, tmp_path, "a red star", "--images", data, "--approximate"
+    )
+
+
 def test_a_folder_of_images_is_ranked_like_its_index(demo_bundle, data, tmp_path, capsys):
     assert cli_index.main([str(demo_bundle), "--data", str(data), "-o", str(tmp_path / "i"), "--quiet"]) == 0
     indexed = searched(capsys, tmp_path / "i", "a blue anchor")

@@ -22,7 +22,6 @@ from metaembed.runtime.budget import Budget
 from metaembed.runtime.cascade import Stage, default_cascade
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.index import SEGMENTS, Hit, Index
-from metaembed.runtime.index_ann import WORTH_WALKING
 from metaembed.runtime.index_layout import Layout
 from metaembed.runtime.maxsim import maxsim
 from metaembed.runtime.memory import GIB
@@ -41,6 +40,7 @@ CASCADES = (
     ("1,1:4000", "4,8:700", "16,64"),
     ("1,1:20000", "4,8:1000", "16,64"),
 )
+WALKED = 4000  # survivors up to which an approximate first stage is measured
 QUERIES = 100
 K = 10
 ADD_BYTES = 1 << 28
@@ -57,7 +57,7 @@ def measure_cascades(
 ) -> Iterator[Record]:
     """Milliseconds and recall@10 of cascades against the full scan, over the demo's scenes or more items like them.
 
-    A cascade from (1,1) whose survivors are few enough for the HNSW graph to be walked is measured with it, too.
+    Cascades from (1,1) with few survivors are measured through the HNSW graph, too, be it worth its walk or not.
     """
     if bundle is None:
         raise UsageError(
@@ -71,6 +71,7 @@ def measure_cascades(
     with _temporary(folder) as made, _filled(made, pages) as index:
         with index.writer() as writer:
             writer.build_ann()
+        index.ann.worth_walking = 1
         full = [Stage(largest)]
         truth = [_ids(index.search(query, K, cascade=full)) for query in queries]
         named = {" ".join(stages): [Stage.parse(text) for text in stages] for stages in CASCADES}
@@ -79,7 +80,7 @@ def measure_cascades(
         searches |= {
             f"approximate {name}": partial(searches[name], approximate=True)
             for name, stages in named.items()
-            if stages and stages[0].budget == Budget(1, 1) and stages[0].keep <= WORTH_WALKING * len(pages)
+            if stages and stages[0].budget == Budget(1, 1) and stages[0].keep <= WALKED
         }
         timed = time_interleaved(
             {"full": lambda: index.search(queries[0], K, cascade=full)}

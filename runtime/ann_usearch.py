@@ -17,7 +17,9 @@ from .errors import MetaEmbedError
 from .maxsim import Floats
 
 Keys = NDArray[np.uint64]
-EXPANSION_SEARCH = 128  # candidates that a walk keeps at least: with usearch's 64, walks for few results lose too many
+# Candidates that a walk keeps at least. Queries lie apart from what they look for (texts, pages): of the demo's nearest 100 of
+# 100,000 a walk with 128 found 0.75, and one with 500 0.92 of the nearest 500.
+EXPANSION_SEARCH = 512
 
 
 def write_graph(

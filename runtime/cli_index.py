@@ -66,8 +66,8 @@ def _main_verb(verb: str, argv: Sequence[str]) -> int:
         parser.add_argument("ids", nargs="+", metavar="ID")
     if verb == "ann":
         add = parser.add_argument
-        add("--connectivity", type=int, default=16, metavar="M", help="neighbours of an item (default: %(default)s)")
-        add("--expansion-add", type=int, default=128, metavar="N", help="candidates for them (default: %(default)s)")
+        add("--connectivity", type=int, default=32, metavar="M", help="neighbours of an item (default: %(default)s)")
+        add("--expansion-add", type=int, default=256, metavar="N", help="candidates for them (default: %(default)s)")
     parser.add_common()
     return run_command(parser, work, argv)
 

@@ -38,8 +38,9 @@ KEY = "ann"  # in the catalogue's `about`
 SUFFIX = ".usearch"
 PIECE = 1024  # items read and added at a time
 ROW_BITS = 32  # of a key; a segment's number has the others
-# A walk for more than this share of the items takes longer than scanning them: measured from 128 to 1024 dims.
-WORTH_WALKING = 0.01
+# A walk for more than this share of the items takes longer than scanning them, where they are in memory: 300 of 100,000 took as
+# long at 128 dims, 1,000 twice as long.
+WORTH_WALKING = 0.003
 OUTSIDE = 0.5  # a graph that lacks more than this share of the items is of little use, which is worth a warning
 
 
@@ -66,16 +67,22 @@ class AnnRecord:
 
 
 class AnnStage:
-    """The graph of an open index: opened when first asked for, and again when another one was built."""
+    """The graph of an open index: opened when first asked for, and again when another one was built.
+
+    Attributes:
+        worth_walking: the largest share of the items that a stage may keep for the graph to be walked, not the index scanned.
+    """
 
     def __init__(self, folder: Path, catalogue: Catalogue, dims: int) -> None:
         self._folder, self._catalogue, self._dims = folder, catalogue, dims
         self._turn = threading.Lock()
-        self._text, self._opened = "", None  # type: str, tuple[AnnRecord, Graph] | None
+        self._text = ""  # the record, as the catalogue had it when the graph was opened
+        self._opened: tuple[AnnRecord, Graph] | None = None
+        self.worth_walking = WORTH_WALKING
         self._told: Snapshot | None = None
 
     def close(self) -> None:
-        self._text, self._opened = "", None
+        self._opened = None
 
     def record(self) -> AnnRecord | None:
         """What the catalogue says of the graph; None where none was built."""
@@ -99,7 +106,7 @@ class AnnStage:
                         _rebuild(self._folder))  # fmt: skip
             self._told = snapshot
         wanted = keep * record.items // max(held, 1)  # the graph also finds what is gone
-        while wanted <= WORTH_WALKING * record.items:
+        while wanted <= self.worth_walking * record.items:
             found = _positions(snapshot, graph.search(query, wanted))
             if len(found) >= min(keep, held):
                 segments = set(record.segments)

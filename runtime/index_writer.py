@@ -134,8 +134,8 @@ class IndexWriter:
     def build_ann(
         self,
         *,
-        connectivity: int = 16,
-        expansion_add: int = 128,
+        connectivity: int = 32,
+        expansion_add: int = 256,
         track: Callable[[Any], Iterable[Any]] = iter,
     ) -> int:
         """Build the HNSW graph of an approximate first stage over all items, and return how many they are.

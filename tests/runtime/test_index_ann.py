@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
@@ -99,6 +99,12 @@ def filled(made, tmp_path):
     return tmp_path / "index", dict(made[1])
 
 
+@pytest.fixture(autouse=True)
+def _small_graphs_are_walked(monkeypatch):
+    """A share of 0.003 would be 9 of these items."""
+    monkeypatch.setattr(index_ann, "WORTH_WALKING", 0.01)
+
+
 @pytest.fixture
 def query():
     return clustered(1, 1)[0]
@@ -116,6 +122,28 @@ def test_it_reads_only_what_the_graph_finds(filled, query):
     with Index.open(folder) as index:
         index.search(query, K, cascade=TWO, approximate=True)
         assert scored(index) == 30
+
+
+def test_a_stage_that_keeps_more_than_a_walk_is_worth_is_scanned(filled, query):
+    folder, items = filled
+    with Index.open(folder) as index:
+        hits = index.search(query, N // 10, cascade=ONE, approximate=True)
+        assert ids_of(hits) == ids_of(ranked(items, query, 1, k=N // 10))
+        assert scored(index) == N
+
+
+def test_vectors_of_any_length_rank_by_their_products(tmp_path):
+    """Not by angle or distance, of which the best here is another item."""
+    vectors, query = clustered(0, N), clustered(1, 1)[0]
+    items = dict(zip([f"{i:04}" for i in range(N)], vectors, strict=True))
+    items |= {"long": 3 * np.stack([query[0]] * R), "equal": np.stack([query[0]] * R)}
+    Index.create(tmp_path / "index", Layout.for_vectors(D, R))
+    with Index.open(tmp_path / "index") as index:
+        with index.writer() as writer:
+            writer.add(list(items), np.stack(list(items.values())))
+            writer.build_ann()
+        hits = index.search(query, 3, cascade=ONE, approximate=True)
+        assert ids_of(hits)[:2] == ids_of(ranked(items, query, 1))[:2] == ["long", "equal"]
 
 
 def test_items_that_were_added_since_are_found(filled, query):
@@ -347,6 +375,10 @@ def test_wrong_requests_are_refused(filled, query, tmp_path):
     Index.create(tmp_path / "empty", Layout.for_vectors(D, R))
     with pytest.raises(UsageError, match="holds no items"):
         build(tmp_path / "empty")
+    with Index.open(folder).writer() as writer:
+        writer.delete([f"{i:04}" for i in range(N)])
+        with pytest.raises(UsageError, match="holds no items"):
+            writer.build_ann()
     with (
         Index.open(tmp_path / "empty") as index,
         pytest.raises(UsageError, match="has no HNSW graph; metaembed-index ann"),
@@ -390,7 +422,8 @@ sys.exit(main(["ann", {str(folder)!r}]))"""
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background inherit as ignored
 from metaembed.runtime.index_writer import IndexWriter
 def track(work):
     for piece in work:
@@ -438,15 +471,17 @@ def test_a_build_that_fails_at_any_moment_leaves_the_graph_that_was_there(filled
 def test_ctrl_c_within_usearch_is_an_interrupt(filled):
     """It reports one as an error of its own; the library's word is turned back."""
 
-    def run(kill):
-        time.sleep(0.5)
-        os.kill(os.getpid(), kill)
-
     keys, vectors = np.arange(60_000, dtype=np.uint64), clustered(0, 60_000, 1)[:, 0]
     folder, _ = filled
-    with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
-        pool.submit(run, signal.SIGINT)
-        ann_usearch.write_graph(folder / "x", D, [(keys, vectors)] * 20, connectivity=16, expansion_add=500)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    try:
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            ann_usearch.write_graph(folder / "x", D, [(keys, vectors)] * 20, connectivity=16, expansion_add=500)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_readers_turn_to_a_graph_that_another_process_built(filled, query):
@@ -462,6 +497,7 @@ def test_readers_turn_to_a_graph_that_another_process_built(filled, query):
         assert len(graphs(folder)) == 1
         assert graphs(folder) != first
         assert index.search(query, K, cascade=ONE, approximate=True)[0].id == "new"
+        assert scored(index) == K
         assert index.ann.record().name == graphs(folder)[0].name
         assert recall(index, items, clustered(2, 10)) >= 0.95
 
@@ -487,3 +523,18 @@ def test_the_commands_say_what_there_is(filled, capsys):
     assert cli_index.main(["ann", str(folder)]) == 0
     assert "HNSW graph of 2,999 items built" in capsys.readouterr().out
     assert cli_index.main(["ann", str(folder), "--connectivity", "1"]) == 2
+
+
+def test_a_graph_that_is_replaced_while_it_is_opened_gives_way_to_the_new_one(filled, query, monkeypatch):
+    folder, items = filled
+    map_graph, replaced = index_ann.map_graph, []
+
+    def map_late(folder, record):
+        if not replaced:
+            replaced.append(build(folder))
+        return map_graph(folder, record)
+
+    monkeypatch.setattr(index_ann, "map_graph", map_late)
+    with Index.open(folder) as index:
+        assert recall(index, items, clustered(2, 5)) >= 0.97
+    assert replaced == [N]

@@ -8,12 +8,19 @@ from pathlib import Path
 
 from metaembed.runtime.errors import UsageError
 
-PARTS = ("limits", "contest", "int8", "memory", "cascade", "opening", "scaling", "kills")
+PARTS = ("limits", "contest", "int8", "memory", "cascade", "opening", "scaling", "approximate", "kills")
+SLOW = ("approximate", "kills")  # only when they are named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--only", nargs="+", choices=PARTS, default=PARTS[:-1], help="which measurements (default: all but kills)")
+    add(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=[part for part in PARTS if part not in SLOW],
+        help="which measurements (default: all but approximate and kills)",
+    )
     add("--dim", type=int, action="append", metavar="D", help="repeatable (default: 3584 and 128)")
     add("--rounds", type=int, default=15, help="timed runs of each contestant (default: %(default)s)")
     add("--scale", type=float, default=1.0, help="share of the usual candidates; small for a trial (default: 1)")
@@ -33,7 +40,9 @@ def work(args: argparse.Namespace) -> None:
     for kind, values, line in _measure(args):
         print(line, flush=True)
         if args.output:
-            append_records(args.output, [make_record(kind, values, args.bundle if kind == "cascade" else None)])
+            append_records(
+                args.output, [make_record(kind, values, args.bundle if kind in ("cascade", "approximate") else None)]
+            )
 
 
 def _measure(args: argparse.Namespace) -> Iterator[tuple[str, dict, str]]:
@@ -63,6 +72,18 @@ def _measure(args: argparse.Namespace) -> Iterator[tuple[str, dict, str]]:
                 (
                     f"cascade {r['cascade']} over {r['items']:,} {r['source']}: {r['median_ms']:.1f} ms, full scan "
                     f"{r['full_ms']:.1f} ms ({r['times_full']:.1f}x), recall@10 {r['recall_at_10']:.3f}"
+                ),
+            )
+    if "approximate" in args.only:
+        for r in scoring_index.measure_approximate(
+            args.bundle, args.scenes, int(500_000 * args.scale), args.folder, args.rounds
+        ):
+            yield (
+                "approximate",
+                r,
+                (
+                    f"{r['cascade']} over {r['items']:,} {r['source']}: {r['median_ms']:.1f} ms, full scan {r['full_ms']:.1f} ms, "
+                    f"recall@10 {r['recall_at_10']:.3f}; the graph was built in {r['build_s']:.0f} s"
                 ),
             )
     if "opening" in args.only:

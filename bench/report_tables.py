@@ -11,7 +11,7 @@ from .records import Record, by_kernels, group, of_kind
 from .table import Table, TableKind, to_markdown
 from .tables_cost import make_export_parity, make_exports
 from .tables_gpu import make_gpu_latency, make_gpu_race, make_gpu_scoring
-from .tables_scoring import make_cascades, make_int8, make_scoring
+from .tables_scoring import make_approximate, make_cascades, make_int8, make_scoring
 
 MARKER = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 MISSING = "_Not measured yet._\n"
@@ -222,6 +222,7 @@ TABLES = {
         TableKind("scoring", "MaxSim against the machine and other libraries", make_scoring),
         TableKind("int8", "The int8 first pass", make_int8),
         TableKind("cascades", "Cascades against the full scan", make_cascades),
+        TableKind("approximate", "A first stage scanned, and walked through the HNSW graph", make_approximate),
         TableKind("exports", "What an export costs", make_exports),
         TableKind("export_parity", "Real sizes against Hugging Face", make_export_parity),
         TableKind("efficiency", "Scoring: cost, time here, and limits elsewhere", make_efficiency),

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -40,6 +41,7 @@ CASCADES = (
     ("1,1:4000", "4,8:700", "16,64"),
     ("1,1:20000", "4,8:1000", "16,64"),
 )
+APPROXIMATE = (100, 300, 1000, 3000)  # survivors of a first stage that is also walked
 QUERIES = 100
 K = 10
 ADD_BYTES = 1 << 28
@@ -55,38 +57,76 @@ def measure_cascades(
     bundle: Path | None, scenes: int, items: int, folder: Path | None, rounds: int
 ) -> Iterator[Record]:
     """Milliseconds and recall@10 of cascades against the full scan, over the demo's scenes or more items like them."""
+    pages, queries, source = _pages_like(bundle, scenes, items)
+    largest = Budget(queries.shape[1], pages.shape[1])
+    with _temporary(folder) as made, _filled(made, pages) as index:
+        named = {" ".join(stages): {"cascade": [Stage.parse(text) for text in stages]} for stages in CASCADES}
+        named["default: " + " ".join(map(str, default_cascade(items, largest)))] = {}
+        for name, values in _against_full(index, queries, largest, named, rounds):
+            yield {"cascade": name, "items": len(pages), "source": source, **values}
+
+
+def measure_approximate(
+    bundle: Path | None, scenes: int, items: int, folder: Path | None, rounds: int
+) -> Iterator[Record]:
+    """Cascades from (1,1) to (2,4), their first stage a scan and a walk through the HNSW graph, over items like scenes.
+
+    Every cascade is walked here, be it worth it by `AnnStage.worth_walking` or not.
+    """
+    pages, queries, source = _pages_like(bundle, scenes, items, vectors=4)
+    with _temporary(folder) as made, _filled(made, pages) as index:
+        with index.writer() as writer:
+            start = time.perf_counter()
+            writer.build_ann()
+            built = time.perf_counter() - start
+        index.ann.worth_walking = 1
+        named = {}
+        for keep in APPROXIMATE:
+            stages = [Stage(Budget(1, 1), keep), Stage(Budget(2, 4))]
+            named[f"1,1:{keep} 2,4"] = {"cascade": stages}
+            named[f"approximate 1,1:{keep} 2,4"] = {"cascade": stages, "approximate": True}
+        for name, values in _against_full(index, queries[:, :2], Budget(2, 4), named, rounds):
+            yield {"cascade": name, "items": len(pages), "source": source, "build_s": built, **values}
+
+
+def _pages_like(
+    bundle: Path | None, scenes: int, items: int, vectors: int | None = None
+) -> tuple[NDArray[np.generic], NDArray[np.float32], str]:
+    """The first vectors of candidates, of scenes or of more items like them; queries (n, r, d); and what they are."""
     if bundle is None:
         raise UsageError(
             "a cascade's recall depends on the model: name its bundle with --bundle (or choose with --only)"
         )
     pages, queries = _encode_scenes(bundle, scenes)
-    source = "scenes"
-    if items > len(pages):
-        pages, source = draw_like(pages, items), f"items drawn like {len(pages):,} scenes"
-    largest = Budget(queries.shape[1], pages.shape[1])
-    with _temporary(folder) as made, _filled(made, pages) as index:
-        full = [Stage(largest)]
-        truth = [_ids(index.search(query, K, cascade=full)) for query in queries]
-        named = {" ".join(stages): [Stage.parse(text) for text in stages] for stages in CASCADES}
-        named["default: " + " ".join(map(str, default_cascade(items, largest)))] = None
-        timed = time_interleaved(
-            {"full": lambda: index.search(queries[0], K, cascade=full)}
-            | {name: _searcher(index, queries[0], stages) for name, stages in named.items()},
-            rounds=rounds,
-        )
-        for name, stages in named.items():
-            found = [_ids(index.search(query, K, cascade=stages)) for query in queries]
-            recall = float(np.mean([len(a & b) / len(b) for a, b in zip(found, truth, strict=True)]))
-            yield {
-                "cascade": name,
-                "items": len(pages),
-                "source": source,
+    pages = pages[:, :vectors]
+    if items <= len(pages):
+        return pages, queries, "scenes"
+    return draw_like(pages, items), queries, f"items drawn like {len(pages):,} scenes"
+
+
+def _against_full(
+    index: Index, queries: NDArray[np.float32], budget: Budget, named: Mapping[str, Mapping[str, Any]], rounds: int
+) -> Iterator[tuple[str, Record]]:
+    """Searches by name and arguments, timed in turns with the full scan by ``budget``, and their recall of its top 10."""
+    full = [Stage(budget)]
+    truth = [_ids(index.search(query, K, cascade=full)) for query in queries]
+    timed = time_interleaved(
+        {"full": lambda: index.search(queries[0], K, cascade=full)}
+        | {name: partial(index.search, queries[0], K, **how) for name, how in named.items()},
+        rounds=rounds,
+    )
+    for name, how in named.items():
+        found = [_ids(index.search(query, K, **how)) for query in queries]
+        yield (
+            name,
+            {
                 "queries": len(queries),
                 **timed[name].to_json(),
                 "full_ms": timed["full"].median_ms,
                 "times_full": timed["full"].median_ms / timed[name].median_ms,
-                "recall_at_10": recall,
-            }
+                "recall_at_10": float(np.mean([len(a & b) / len(b) for a, b in zip(found, truth, strict=True)])),
+            },
+        )
 
 
 def draw_like(pages: NDArray[np.generic], items: int) -> NDArray[np.generic]:
@@ -239,10 +279,6 @@ def _add_all(folder: Path, pages: NDArray[np.generic], items: int) -> None:
             count = min(step, items - start)
             at = start % (len(pages) - count + 1)
             writer.add([f"item{start + i:08}" for i in range(count)], pages[at : at + count])
-
-
-def _searcher(index: Index, query: NDArray[np.float32], stages: Sequence[Stage] | None):
-    return lambda: index.search(query, K, cascade=stages)
 
 
 def _ids(hits: Sequence[Hit]) -> set[str]:

@@ -53,6 +53,23 @@ def make_int8(records: Sequence[Record]) -> Table | None:
     return Table(head, rows) if rows else None
 
 
+def make_approximate(records: Sequence[Record]) -> Table | None:
+    found = by_kernels(records, "approximate", "cascade", "items")
+    if not found:
+        return None
+    walked = {(r["kernels"], r["items"], r["cascade"].removeprefix("approximate ")): r for r in found
+              if r["cascade"].startswith("approximate ")}  # fmt: skip
+    rows = []
+    for r in found:
+        if walk := walked.get((r["kernels"], r["items"], r["cascade"])):
+            rows.append((r["kernels"], f"{r['items']:,}", r["cascade"], f"{r['median_ms']:.1f}", f"{r['recall_at_10']:.3f}",
+                         f"{walk['median_ms']:.1f}", f"{walk['recall_at_10']:.3f}"))  # fmt: skip
+    last = found[-1]
+    note = f"{last['source']}, {last['queries']} queries, {last['threads']} threads; built in {last['build_s']:,.0f} s."
+    head = ("processor", "items", "cascade", "scan ms", "recall@10", "walk ms", "recall@10, walked")
+    return Table(head, tuple(rows), note[:1].upper() + note[1:])
+
+
 def make_cascades(records: Sequence[Record]) -> Table | None:
     found = by_kernels(records, "cascade", "cascade", "items")
     if not found:

@@ -1,4 +1,5 @@
-"""Search in stages: a small budget over everything, larger budgets over the survivors. Every stage is exact.
+"""Search in stages: a small budget over everything, larger budgets over the survivors. Every stage is exact; on request an
+HNSW graph chooses what the first one scores (index_ann.py).
 
 Ties are broken by id, in the order of their characters, so a result never depends on how items lie in segments.
 """
@@ -75,11 +76,23 @@ def default_cascade(items: int, largest: Budget, k: int = 10) -> tuple[Stage, ..
 
 
 def search_index(
-    index: Index, query: NDArray[Any], k: int, *, cascade: Sequence[Stage] | None, where: Sequence[str] = ()
+    index: Index,
+    query: NDArray[Any],
+    k: int,
+    *,
+    cascade: Sequence[Stage] | None,
+    where: Sequence[str] = (),
+    approximate: bool = False,
 ) -> list[Hit]:
     """See `Index.search`."""
-    if k < 1:
-        raise UsageError(f"the best {k} were asked for; -k is at least 1")
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise UsageError(f"the best {k!r} were asked for; k is a whole number from 1 on")
+    if isinstance(where, str) or not all(isinstance(condition, str) for condition in where):
+        raise UsageError(f'conditions are a list of texts, ["year>=2020"], not {where!r}')
+    if cascade is not None:
+        cascade = [cascade] if isinstance(cascade, Stage) else list(cascade)
+        if not all(isinstance(stage, Stage) for stage in cascade):
+            raise UsageError("a cascade is a list of stages; Stage.parse reads them from texts such as 1,1:1000")
     queries, _ = prepare(query, np.zeros((0, 1, index.layout.dims), np.float32), None)
     if len(queries) != 1:
         raise UsageError(f"a search takes one query; {len(queries)} were given")
@@ -88,7 +101,9 @@ def search_index(
     for _ in range(ATTEMPTS):
         snapshot = index.snapshot()
         stages = check_cascade(cascade, len(snapshot), queries.shape[1], index.layout.vectors, k)
-        hits = _search(index, snapshot, queries, k, stages, where)
+        if approximate:
+            _check_approximate(index, stages)
+        hits = _search(index, snapshot, queries, k, stages, where, approximate)
         if hits is not None:
             return hits
     raise MetaEmbedError(f"{index.folder} was compacted {ATTEMPTS} times during one search; try again")
@@ -120,12 +135,30 @@ def check_order(stages: Sequence[Stage]) -> None:
             raise UsageError(f"stage {stage} uses no more vectors than stage {before}; the budgets of a cascade rise")
 
 
+def _check_approximate(index: Index, stages: Sequence[Stage]) -> None:
+    if stages[0].budget != Budget(1, 1):
+        raise UsageError(
+            f"an approximate first stage is 1,1, not {stages[0]}: the HNSW graph holds first vectors only; "
+            "name a cascade that begins there, as 1,1:1000 16,64 does"
+        )
+    if index.shard != (0, 1):
+        raise UsageError("the HNSW graph is of the whole index, not of a shard; search a shard without approximate")
+
+
 def _search(
-    index: Index, snapshot: Snapshot, queries: Floats, k: int, stages: Sequence[Stage], where: Sequence[str]
+    index: Index,
+    snapshot: Snapshot,
+    queries: Floats,
+    k: int,
+    stages: Sequence[Stage],
+    where: Sequence[str],
+    approximate: bool,
 ) -> list[Hit] | None:
     pool = index.select(snapshot, *parse_filters(where)) if where else None
     if where and pool is None:
         return None
+    if approximate and not where:
+        pool = index.ann.pool(snapshot, queries[0, 0], stages[0].keep if len(stages) > 1 and stages[0].keep else k)
     scored: _Scored | None = None
     for stage in stages:
         keep = k if stage is stages[-1] else stage.keep or k

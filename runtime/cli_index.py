@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ examples:
   metaembed-index verify corpus.index           read everything; exit 1 when anything is damaged
   metaembed-index delete corpus.index ID ...    remove items
   metaembed-index compact corpus.index          merge small segments, free what deleted items take
+  metaembed-index ann corpus.index              build the graph that metaembed-search --approximate uses
 """
 
 
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main_verb(argv[0], argv[1:])
     parser = Parser(prog="metaembed-index", description="Encode data with a bundle and store it.", epilog=EPILOG)
     add = parser.add_argument
-    add("bundle", type=Path, help="a folder that metaembed-export wrote, or: info, verify, delete, compact")
+    add("bundle", type=Path, help="a folder that metaembed-export wrote, or: info, verify, delete, compact, ann")
     add("--data", type=Path, required=True, metavar="DIR|FILE.jsonl", help="what to index")
     add("-o", "--output", type=Path, required=True, metavar="INDEX", help="the folder to write")
     add(
@@ -61,8 +63,14 @@ def _main_verb(verb: str, argv: Sequence[str]) -> int:
     work, description = VERBS[verb]
     parser = Parser(prog=f"metaembed-index {verb}", description=description)
     parser.add_argument("index", type=Path, metavar="INDEX")
+    if verb in ("info", "verify"):
+        parser.add_argument("--json", action="store_true", help="print it as JSON")
     if verb == "delete":
         parser.add_argument("ids", nargs="+", metavar="ID")
+    if verb == "ann":
+        add = parser.add_argument
+        add("--connectivity", type=int, default=32, metavar="M", help="neighbours of an item (default: %(default)s)")
+        add("--expansion-add", type=int, default=256, metavar="N", help="candidates for them (default: %(default)s)")
     parser.add_common()
     return run_command(parser, work, argv)
 
@@ -90,15 +98,29 @@ def _build(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     from .index import Index
+    from .index_ann import living_in
 
     with Index.open(args.index) as index:
-        snapshot, layout = index.snapshot(), index.layout
-        held = index.stored_items()
-        print(
-            f"{counted(len(snapshot), 'item')} in {counted(len(snapshot.parts), 'segment')}, {held - len(snapshot):,} deleted"
-        )
-        print(f"{layout.vectors} vectors of {layout.dims} dims ({layout.storage}), groups end at {layout.ends}")
-        print(f"{held * layout.item_bytes / GIB:.3f} GiB of vectors; made with {index.bundle}")
+        snapshot, layout, graph = index.snapshot(), index.layout, index.ann.record()
+        items, segments, held = len(snapshot), len(snapshot.parts), index.stored_items()
+        about = {
+            "items": items,
+            "segments": segments,
+            "deleted": held - items,
+            **layout.to_json(),
+            "vector_bytes": held * layout.item_bytes,
+            "bundle": index.bundle,
+            "graph_items": living_in(graph, snapshot) if graph else 0,
+            "graph_bytes": graph.size if graph else 0,
+        }
+    if args.json:
+        print(json.dumps(about, indent=2))
+        return 0
+    print(f"{counted(items, 'item')} in {counted(segments, 'segment')}, {about['deleted']:,} deleted")
+    print(f"{layout.vectors} vectors of {layout.dims} dims ({layout.storage}), groups end at {layout.ends}")
+    print(f"{about['vector_bytes'] / GIB:.3f} GiB of vectors; made with {index.bundle}")
+    if graph:
+        print(f"HNSW graph of {counted(about['graph_items'], 'item')}, {graph.size / GIB:.3f} GiB")
     return 0
 
 
@@ -106,11 +128,14 @@ def _verify(args: argparse.Namespace) -> int:
     from .index import Index
 
     with Index.open(args.index, skip_damaged=True) as index:
-        damages = index.verify()
+        damages, items = index.verify(), len(index)
+    if args.json:
+        print(json.dumps({"items": items, "damages": damages}, indent=2))
+    else:
         for damage in damages:
             print(damage)
         if not damages and not args.quiet:
-            print(f"sound: {counted(len(index), 'item')}")
+            print(f"sound: {counted(items, 'item')}")
     return EXIT_FAILED if damages else 0
 
 
@@ -138,11 +163,25 @@ def _compact(args: argparse.Namespace) -> int:
     return 0
 
 
+def _ann(args: argparse.Namespace) -> int:
+    from .index_writer import IndexWriter
+
+    with IndexWriter(args.index) as writer:
+        count = writer.build_ann(
+            connectivity=args.connectivity, expansion_add=args.expansion_add,
+            track=lambda work: progress(work, "building", quiet=args.quiet),
+        )  # fmt: skip
+    if not args.quiet:
+        print(f"HNSW graph of {counted(count, 'item')} built; metaembed-search --approximate uses it")
+    return 0
+
+
 VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "info": (_info, "What is in an index."),
     "verify": (_verify, "Read a whole index and name everything that is damaged; exit 1 when anything is."),
     "delete": (_delete, "Remove items by id."),
     "compact": (_compact, "Merge small segments and free what deleted items take."),
+    "ann": (_ann, "Build the HNSW graph of an approximate first stage, from the items that are in the index now."),
 }
 
 if __name__ == "__main__":

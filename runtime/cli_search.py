@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--image", type=Path, metavar="FILE", help="the query's image, alone or beside the text")
     add("--images", type=Path, metavar="DIR", help="rank this folder of images with a bundle, without an index")
     add("-k", type=int, default=10, help="how many results (default: %(default)s)")
-    add("--budget", metavar="R_Q,R_C", help="vectors per query and candidate (default: all that there are)")
+    add(
+        "--budget",
+        metavar="R_Q,R_C",
+        help="vectors per query and candidate (default: all that there are; of a large index: --cascade)",
+    )
     add("--cascade", nargs="+", metavar="STAGE", help="index only: R_Q,R_C:KEEP ... R_Q,R_C (default: by its size)")
+    add(
+        "--approximate",
+        action="store_true",
+        help="index only: a first stage of 1,1 scores what the HNSW graph finds (metaembed-index ann builds it)",
+    )
     add(
         "--where",
         nargs="+",
@@ -58,13 +67,19 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"no query: give a text, or --image FILE, or both{hint}")
     if (args.source / CATALOGUE).is_file():
         hits, note = _search_index(args)
+    elif not args.source.exists():
+        raise UsageError(f"{args.source} is missing; name an index, or a bundle and --images DIR")
     elif args.images is None:
         raise UsageError(f"{args.source} is no index; to rank a folder with a bundle, name it with --images DIR")
     else:
         hits, note = _rank_folder(args)
     if args.json:
         utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-        print(json.dumps([_json(hit) for hit in hits], indent=2, ensure_ascii=not utf8))
+        rows = [_json(hit) for hit in hits]
+        try:
+            print(json.dumps(rows, indent=2, ensure_ascii=not utf8))
+        except RecursionError:  # a deeply nested payload; without indents json takes it as deep as it was stored
+            print(json.dumps(rows, ensure_ascii=not utf8))
         return 0
     print(f"{'rank':>4}  {'score':>8}  id")
     for hit in hits:
@@ -75,13 +90,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _json(hit: Hit) -> dict[str, object]:
-    return {name: value for name, value in asdict(hit).items() if value is not None}
+    values = {field.name: getattr(hit, field.name) for field in fields(hit)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _rank_folder(args: argparse.Namespace) -> tuple[list[Hit], str]:
-    if args.cascade or args.where or args.bundle or args.skip_damaged:
+    if args.cascade or args.approximate or args.where or args.bundle or args.skip_damaged:
         raise UsageError(
-            "--cascade, --where, --bundle and --skip-damaged belong to an index; metaembed-index makes one"
+            "--cascade, --approximate, --where, --bundle and --skip-damaged belong to an index; metaembed-index makes one"
         )
 
     from .budget import Budget
@@ -103,7 +119,7 @@ def _search_index(args: argparse.Namespace) -> tuple[list[Hit], str]:
         raise UsageError("give --budget (one stage over everything) or --cascade, not both")
 
     from .budget import Budget
-    from .cascade import Stage
+    from .cascade import Stage, default_cascade
     from .encoder import Encoder
     from .index import Index
     from .index_build import check_model
@@ -123,6 +139,8 @@ def _search_index(args: argparse.Namespace) -> tuple[list[Hit], str]:
             most = max((stage.budget.query for stage in stages), default=None)
             query = encoder.encode_queries([args.text], images=[args.image], budget=most)[0]
             description = encoder.description
-        hits = index.search(query, args.k, cascade=stages or None, where=args.where)
-        note = f"{len(index)} items, {'cascade ' + ' '.join(map(str, stages)) if stages else 'default cascade'}"
+        default = default_cascade(len(index), Budget(len(query), index.layout.vectors), args.k)
+        hits = index.search(query, args.k, cascade=stages or default, where=args.where, approximate=args.approximate)
+        note = f"{len(index)} items, {'' if stages else 'default '}cascade {' '.join(map(str, stages or default))}"
+        note += ", approximate first stage" if args.approximate else ""
     return hits, f"{note}, {description}"

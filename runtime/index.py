@@ -3,6 +3,7 @@
     index/
       catalogue.sqlite         what is in the index (see index_catalogue.py)
       segments/*.safetensors   the vectors (see index_segment.py); immutable
+      ann-*.usearch            an HNSW graph, where one was built (see index_ann.py); deleting it loses nothing
       writer.lock              held by the one process that writes
 
 A reader works on a snapshot: the segments and dead rows of one state of the catalogue. Rows are never changed in place, and
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BundleError, UsageError
+from .index_ann import AnnStage
 from .index_catalogue import CATALOGUE, Catalogue, SegmentRow
 from .index_layout import Layout
 from .index_segment import Rows, Segment
@@ -105,12 +108,13 @@ class Index:
             raise UsageError(f"shard {shard} is not (i, of) with i from 0 to of - 1")
         self.folder = folder
         self.skip_damaged = skip_damaged
-        self._catalogue, self._verify, self._hold, self._shard = catalogue, verify, hold, shard
+        self._catalogue, self._verify, self._hold, self.shard = catalogue, verify, hold, shard
         about = catalogue.about()
         self.layout = Layout.from_json(json.loads(about["layout"]))
         self.fingerprint, self.bundle = about.get("fingerprint", ""), about.get("bundle", "")
         self._version, self._snapshot, self._turn = -1, Snapshot(()), threading.RLock()
         self.device: DeviceGroups | None = None
+        self.ann = AnnStage(folder, catalogue, self.layout.dims)
         self._sound: set[int] = set()  # segments whose rows in the catalogue were all read and found good
 
     @classmethod
@@ -151,7 +155,7 @@ class Index:
         Raises:
             UsageError: there is no index. BundleError: it is damaged.
         """
-        folder = Path(folder)
+        folder = Path(os.path.abspath(folder))  # the process may change its own later
         if not (folder / CATALOGUE).is_file():
             raise UsageError(f"{folder} is no index: it has no {CATALOGUE}; metaembed-index makes one")
         catalogue = Catalogue(folder)
@@ -179,6 +183,7 @@ class Index:
             if self.device:
                 self.device.keep(())
         finally:
+            self.ann.close()
             self._catalogue.close()
 
     def place(self, scorer: Scorer, vectors: int) -> int:
@@ -225,18 +230,23 @@ class Index:
         *,
         cascade: Sequence[Stage] | None = None,
         where: Sequence[str] = (),
+        approximate: bool = False,
     ) -> list[Hit]:
         """The k best items for one query (r_q, d), by a cascade of stages (default: `default_cascade`), each exact.
 
         Args:
             where: conditions on payload fields that must all hold, ``year>=2020``.
+            approximate: let the HNSW graph (`IndexWriter.build_ann`) choose what a first stage of (1,1) scores, which may miss
+                some of what that stage would have kept. Scores stay exact. Items that were added since are all scored, and
+                with conditions everything that satisfies them is, without the graph.
 
         Raises:
-            UsageError: a stage asks for more vectors than the query or the index has. BundleError: damaged vectors.
+            UsageError: a stage asks for more vectors than the query or the index has; `approximate` without a graph, with
+                another first stage, or on a shard. BundleError: damaged vectors, or a damaged graph.
         """
         from .cascade import search_index
 
-        return search_index(self, query, k, cascade=cascade, where=where)
+        return search_index(self, query, k, cascade=cascade, where=where, approximate=approximate)
 
     def snapshot(self) -> Snapshot:
         """The present state; the same object until another process commits."""
@@ -300,7 +310,7 @@ class Index:
         known = {part.number: part.segment for part in self._snapshot.parts}
         parts: list[Part] = []
         damaged: list[str] = []
-        for row, alive in _in_shard(rows, *self._shard):
+        for row, alive in _in_shard(rows, *self.shard):
             if not alive.any():  # nothing to read: whether the file is sound, or there, does not matter
                 continue
             try:

@@ -192,6 +192,10 @@ class Catalogue:
         )
         return number
 
+    def set_about(self, key: str, value: str) -> None:
+        """Store an entry of `about`. Inside `writing` only."""
+        self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?, ?)", (key, value, _crc(key, value)))
+
     def set_dead(self, row: SegmentRow) -> None:
         """Store a segment row's `dead`. Inside `writing` only."""
         crc = _crc(row.number, row.name, row.items, row.checksum, row.dead)

@@ -14,7 +14,11 @@ _NAME = r'[^\s.=!<>"\\](?:[^.=!<>"\\]*[^\s.=!<>"\\])?'
 _CONDITION = re.compile(rf"\s*({_NAME}(?:\.{_NAME})*)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*", re.DOTALL)
 
 
-KINDS = {bool: "'true', 'false'", str: "'text'", (int, float): "'integer', 'real'"}  # what SQLite calls them in JSON
+KINDS: dict[type | tuple[type, ...], str] = {
+    bool: "'true', 'false'",
+    str: "'text'",
+    (int, float): "'integer', 'real'",
+}  # what SQLite calls them in JSON
 MOST_CONDITIONS = 100  # SQLite nests them, 1,000 deep at most
 MOST = (1 << 63) - 1  # SQLite's largest integer; larger ones are compared as floats
 

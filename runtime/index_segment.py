@@ -100,6 +100,8 @@ def _map_file(path: Path) -> mmap.mmap:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise BundleError(f"{path} is missing; restore it, or index its items again") from None
+    except PermissionError:
+        raise BundleError(f"{path} may not be read by this user") from None
     except ValueError:
         raise BundleError(f"{path} is empty; restore it, or index its items again") from None
     # Without read-ahead, which fetches what comes next in the file: other groups. (8 MiB at every jump, where measured;

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import MetaEmbedError
+from .index_ann import map_graph, read_record
 from .index_catalogue import Catalogue, SegmentRow
 from .index_layout import Layout
 from .index_segment import Segment
@@ -26,7 +27,16 @@ def find_damage(folder: Path, layout: Layout, catalogue: Catalogue) -> list[str]
     for row in rows:
         found += _segment_damage(folder, layout, row)
         found += _rows_damage(catalogue, row, living)
+    found += _ann_damage(folder, catalogue)
     return found
+
+
+def _ann_damage(folder: Path, catalogue: Catalogue) -> Iterator[str]:
+    try:
+        if record := read_record(folder, catalogue):
+            map_graph(folder, record)
+    except (MetaEmbedError, OSError) as error:
+        yield str(error)
 
 
 def _segment_damage(folder: Path, layout: Layout, row: SegmentRow) -> Iterator[str]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
+import os
+import threading
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BundleError, MetaEmbedError, UsageError
 from .index import SEGMENTS
+from .index_ann import KEY, SUFFIX, write_ann
 from .index_catalogue import CATALOGUE, Catalogue, Place, SegmentRow, pack_dead
 from .index_layout import Layout, cut
 from .index_segment import Segment, Source, write_segment
@@ -26,8 +30,23 @@ SEGMENT_BYTES = 1 << 30  # what `compact` merges up to
 PIECE_BYTES = 1 << 22  # copied at a time when merging
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _in_turn(method: Callable[Concatenate[IndexWriter, P], R]) -> Callable[Concatenate[IndexWriter, P], R]:
+    """What a call reads of the catalogue has to hold until it writes, whichever threads call."""
+
+    @functools.wraps(method)
+    def call(self: IndexWriter, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._turn:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class IndexWriter:
-    """The one writer of an index, from opening to `close`. A context manager.
+    """The one writer of an index, from opening to `close`. A context manager; threads take turns.
 
     Files come first and are synced, then one transaction of the catalogue makes them visible: a process killed in between
     leaves a file that nothing refers to, and the next writer removes it.
@@ -37,7 +56,8 @@ class IndexWriter:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(os.path.abspath(folder))  # the process may change its own later
+        self._turn = threading.RLock()
         if not (self.folder / CATALOGUE).is_file():
             raise UsageError(f"{self.folder} is no index: it has no {CATALOGUE}; metaembed-index makes one")
         self._lock = open(self.folder / LOCK, "a")  # noqa: SIM115 (held until close)
@@ -62,14 +82,19 @@ class IndexWriter:
     ) -> None:
         self.close()
 
+    @_in_turn
     def close(self) -> None:
         self._catalogue.close()
-        self._lock.close()  # releases the lock, as does the end of the process, however it comes
+        if not self._lock.closed:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # or a child that was forked meanwhile would go on holding it
+            self._lock.close()
 
+    @_in_turn
     def known(self, ids: Sequence[str]) -> set[str]:
         """Those of the ids that are in the index."""
         return set(self._alive_places(_plain(ids)))
 
+    @_in_turn
     def add(
         self,
         ids: Sequence[str],
@@ -110,6 +135,7 @@ class IndexWriter:
             self._bury(replaced.values())
             self._catalogue.add_segment(name, checksum, list(zip(ids, texts, strict=True)))
 
+    @_in_turn
     def delete(self, ids: Sequence[str]) -> int:
         """Remove items and return how many there were; unknown ids are passed over. `compact` frees their space."""
         ids = _plain(ids)
@@ -118,6 +144,7 @@ class IndexWriter:
             self._bury(places.values())
         return len(places)
 
+    @_in_turn
     def compact(self, segment_bytes: int = SEGMENT_BYTES) -> int:
         """Merge small segments, drop dead rows, and return the number of segments that were rewritten.
 
@@ -129,6 +156,36 @@ class IndexWriter:
             self._merge(batch)
             rewritten += batch
         return len(rewritten)
+
+    @_in_turn
+    def build_ann(
+        self,
+        *,
+        connectivity: int = 32,
+        expansion_add: int = 256,
+        track: Callable[[Any], Iterable[Any]] = iter,
+    ) -> int:
+        """Build the HNSW graph of an approximate first stage over all items, and return how many they are.
+
+        The graph is held in memory until it is written: 2 d bytes of an item, and about 10 times the connectivity. Its
+        threads come by chance, so two builds of the same items differ a little. A build that ends early changes nothing.
+
+        Args:
+            connectivity: neighbours of an item ("M"), 2 to 256.
+            expansion_add: candidates for neighbours ("efConstruction"), 1 to 10,000. More of either: fewer misses, slower.
+
+        Raises:
+            UsageError: settings out of range, or no items. BundleError: a damaged vector.
+            MetaEmbedError: usearch is not installed, or the disk is full.
+        """
+        rows = self._catalogue.segments()
+        record = write_ann(
+            self.folder, self.layout, rows, connectivity=connectivity, expansion_add=expansion_add, track=track
+        )
+        with self._entering():
+            self._catalogue.set_about(KEY, record.to_json())
+        self._remove_orphans()
+        return record.items
 
     def _batches(self, segment_bytes: int) -> list[list[SegmentRow]]:
         """Segments to merge into one each: those with dead rows, and neighbours that fit together."""
@@ -219,11 +276,16 @@ class IndexWriter:
         for path in (self.folder / SEGMENTS).iterdir():
             if path.name not in known and path.suffix in (".safetensors", ".partial"):
                 path.unlink()
+        graph = self._catalogue.about().get(KEY, "")
+        for path in self.folder.glob("ann-*"):
+            if path.suffix in (SUFFIX, ".partial") and path.name not in graph:
+                path.unlink()
 
 
 def _plain(ids: Sequence[str]) -> list[str]:
     """Ids as plain texts, whatever kind of str they are (numpy's, an Enum's): the catalogue's checksums cover their form."""
     try:
+        ids = ids if isinstance(ids, str) else list(ids)
         if isinstance(ids, str) or not all(isinstance(id_, str) for id_ in ids):
             raise UsageError("ids are a list of texts")
         return [str.__str__(id_).encode().decode() for id_ in ids]
@@ -237,6 +299,8 @@ def _payload_text(payload: Mapping[str, Any] | None) -> str | None:
     try:
         text = json.dumps(dict(payload), ensure_ascii=False, allow_nan=False)
         text.encode()
+    except RecursionError:
+        raise UsageError("a payload is nested too deep for JSON") from None
     except (TypeError, ValueError) as error:
         raise UsageError(f"a payload is a JSON object; {payload!r} is not ({error})") from None
     return text

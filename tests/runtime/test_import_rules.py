@@ -13,9 +13,11 @@ import pytest
 
 PACKAGES = ("runtime", "export", "calibration", "bench")
 RUNTIME_MAY_IMPORT = {"numpy", "ml_dtypes", "safetensors", "PIL", "tokenizers", "tqdm", "metaembed"}
-ONE_FILE_EACH = {"onnxruntime": "session_ort.py", "tensorrt": "session_trt.py", "tensorrt_rtx": "session_trt.py"}
-HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "tensorrt", "tensorrt_rtx", "peft")
-SESSIONS = {"session_ort", "session_ort_gpu", "session_trt"}  # the only modules that need what they run
+ONE_FILE_EACH = {"onnxruntime": "session_ort.py", "tensorrt": "session_trt.py", "tensorrt_rtx": "session_trt.py",
+                 "usearch": "ann_usearch.py"}  # fmt: skip
+HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "tensorrt", "tensorrt_rtx", "peft",
+         "usearch")  # fmt: skip
+SESSIONS = {"session_ort", "session_ort_gpu", "session_trt", "ann_usearch"}  # the only modules that need what they run
 BLOCK = f"""
 import sys
 class Block:

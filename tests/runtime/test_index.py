@@ -361,7 +361,7 @@ def test_searches_that_ask_too_much_get_one_sentence(folder, query):
             ),
             ([Stage(Budget(3, 5), 2), Stage(Budget(1, 5))], 1, "uses no more vectors than stage 3,5:2"),
             ([], 1, "at least one stage"),
-            (None, 0, "-k is at least 1"),
+            (None, 0, "from 1 on"),
         ]:
             with pytest.raises(UsageError, match=sentence):
                 index.search(query, k, cascade=cascade)

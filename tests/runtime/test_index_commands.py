@@ -81,6 +81,21 @@ def test_budget_cascade_and_filter_from_the_command_line(index, capsys):
     assert {hit["id"] for hit in found} == {"image1", "image2", "image3"}
 
 
+def test_an_approximate_first_stage_from_the_command_line(index, data, tmp_path, capsys):
+    """Eight items are too few to walk a graph for, so the answers are the exact ones."""
+    folder = shutil.copytree(index, tmp_path / "index")
+    command = (folder, "a red star", "--cascade", "1,1:5", "16,64", "-k", 3)
+    assert f"metaembed-index ann {folder}" in refused(capsys, cli_search.main, *command, "--approximate")
+    assert cli_index.main(["ann", str(folder), "--quiet"]) == 0
+    assert searched(capsys, *command, "--approximate") == searched(capsys, *command)
+    assert cli_search.main([*map(str, command), "--approximate"]) == 0
+    assert "cascade 1,1:5 16,64, approximate first stage" in capsys.readouterr().out
+    assert "is 1,1, not" in refused(capsys, cli_search.main, *command[:2], "--approximate")
+    assert "belong to an index" in refused(
+        capsys, cli_search.main, tmp_path, "a red star", "--images", data, "--approximate"
+    )
+
+
 def test_a_folder_of_images_is_ranked_like_its_index(demo_bundle, data, tmp_path, capsys):
     assert cli_index.main([str(demo_bundle), "--data", str(data), "-o", str(tmp_path / "i"), "--quiet"]) == 0
     indexed = searched(capsys, tmp_path / "i", "a blue anchor")
@@ -165,6 +180,26 @@ def test_info_verify_delete_compact(demo_bundle, index, tmp_path, capsys):
     assert segment.name in capsys.readouterr().out
 
 
+def test_what_is_in_an_index_as_json(index, capsys):
+    """Expected by hand: what the fixture wrote; the largest budget is 64."""
+    assert cli_index.main(["info", str(index), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["items"], found["deleted"], found["graph_items"], found["ends"][-1]) == (8, 0, 0, 64)
+    assert found["vector_bytes"] == 8 * 64 * found["dims"] * 2
+    assert cli_index.main(["verify", str(index), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"items": 8, "damages": []}
+
+
+def test_a_deep_payload_is_printed_as_json(demo_bundle, tmp_path, capsys):
+    """Found in review: indexing took a payload 900 levels deep, and printing it ended in a traceback."""
+    (tmp_path / "data.jsonl").write_text('{"id": "a", "text": "b", "v": ' + "[" * 900 + "]" * 900 + "}")
+    command = [str(demo_bundle), "--data", str(tmp_path / "data.jsonl"), "-o", str(tmp_path / "index"), "--quiet"]
+    assert cli_index.main(command) == 0
+    capsys.readouterr()
+    assert cli_search.main([str(tmp_path / "index"), "b", "--json"]) == 0
+    assert capsys.readouterr().out.count("[") == 901
+
+
 def test_mistakes_get_one_sentence(demo_bundle, data, index, tmp_path, capsys):
     lines = tmp_path / "lines.jsonl"
     for content, sentence in [
@@ -188,6 +223,7 @@ def test_mistakes_get_one_sentence(demo_bundle, data, index, tmp_path, capsys):
         capsys, cli_search.main, index, "--cascade", "1,1", "text"
     )
     assert "is no index" in refused(capsys, cli_search.main, demo_bundle, "text")
+    assert "nope is missing" in refused(capsys, cli_search.main, tmp_path / "nope", "text")
     assert "not both" in refused(capsys, cli_search.main, index, "a", "--budget", "1,1", "--cascade", "1,1")
     assert "belong to an index" in refused(
         capsys, cli_search.main, demo_bundle, "a", "--images", data, "--where", "a=1"

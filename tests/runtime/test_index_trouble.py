@@ -2,7 +2,9 @@
 
 import enum
 import logging
+import os
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from metaembed.runtime.index import Index
 from metaembed.runtime.index_catalogue import _crc
 from metaembed.runtime.index_filter import parse_filters
 from metaembed.runtime.index_layout import Layout
+from metaembed.runtime.index_writer import IndexWriter
 from metaembed.runtime.int8 import quantize_int8
 from metaembed.runtime.screen import may_be_best
 
@@ -251,3 +254,94 @@ def test_the_screen_keeps_the_best_of_large_vectors_that_all_but_tie():
         exact = vectors[:, 0].astype(np.float64) @ query[0].astype(np.float64)
         assert exact[0] == exact[1] > exact[2]
         assert {0, 1} <= set(may_be_best(query, quantize_int8(vectors), np.arange(42), 1).tolist())
+
+
+def test_threads_that_share_a_writer_take_turns(tmp_path):
+    """Found in review: both read that an id was there once, and both replaced it; compaction lost what was being added."""
+    folder = filled(tmp_path / "i", segments=1)
+
+    def replace(seed):
+        for i in range(15):
+            writer.add([f"same-{i}"], unit(seed, 1, 2, D), replace=True)
+            writer.add([f"{seed}-{i}"], unit(seed, 1, 2, D), replace=True)
+            if i % 5 == 4:
+                writer.compact()
+
+    with IndexWriter(folder) as writer, ThreadPoolExecutor(4) as pool:
+        list(pool.map(replace, range(10, 14)))
+    with Index.open(folder) as index:
+        assert index.verify() == []
+        found = [hit.id for hit in index.search(unit(0, 2, D), k=1000)]
+        assert sorted(found) == sorted(
+            [f"0-{j}" for j in range(5)]
+            + [f"same-{i}" for i in range(15)]
+            + [f"{s}-{i}" for s in range(10, 14) for i in range(15)]
+        )
+
+
+def test_an_open_index_stays_where_it_is_when_the_process_moves(tmp_path, monkeypatch):
+    filled(tmp_path / "i")
+    monkeypatch.chdir(tmp_path)
+    with Index.open("i") as index, IndexWriter("i") as writer:
+        monkeypatch.chdir("/")
+        writer.add(["new"], unit(9, 1, 2, D))
+        assert index.search(unit(9, 1, 2, D)[0], k=1)[0].id == "new"
+
+
+def test_ids_may_come_from_a_generator(tmp_path):
+    with IndexWriter(filled(tmp_path / "i", segments=1)) as writer:
+        assert writer.known(id_ for id_ in ("0-0", "none")) == {"0-0"}
+        assert writer.delete(id_ for id_ in ("0-0", "0-1")) == 2
+
+
+def test_a_closed_writer_lets_go_although_the_process_has_forked(tmp_path):
+    writer = IndexWriter(filled(tmp_path / "i", segments=1))
+    reader, end = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(end)
+        os.read(reader, 1)  # until the test is done
+        os._exit(0)
+    try:
+        writer.close()
+        IndexWriter(tmp_path / "i").close()
+    finally:
+        os.close(end)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"k": 2.5}, "whole number"),
+        ({"k": "3"}, "whole number"),
+        ({"k": None}, "whole number"),
+        ({"cascade": "1,1"}, "Stage.parse"),
+        ({"cascade": ["1,1"]}, "Stage.parse"),
+        ({"cascade": [Budget(1, 1)]}, "Stage.parse"),
+        ({"where": "n=1"}, "list of texts"),
+        ({"where": [1]}, "list of texts"),
+    ],
+)
+def test_arguments_of_other_kinds_are_one_sentence(tmp_path, how, says):
+    with Index.open(filled(tmp_path / "i", segments=1)) as index:
+        assert len(index.search(unit(0, 2, D), k=np.int64(2), cascade=ONE[0])) == 2
+        with pytest.raises(UsageError, match=says):
+            index.search(unit(0, 2, D), **how)
+
+
+def test_a_segment_that_may_not_be_read_is_damage_of_its_own(tmp_path, monkeypatch):
+    folder = filled(tmp_path / "i", segments=2)
+    locked = sorted((folder / "segments").glob("*.safetensors"))[0]
+    plain = open
+
+    def guarded(path, *args, **options):
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *args, **options)
+
+    monkeypatch.setattr("builtins.open", guarded)
+    with pytest.raises(BundleError, match="may not be read by this user"):
+        Index.open(folder)
+    with Index.open(folder, skip_damaged=True) as index:
+        assert len(index.search(unit(0, 2, D), k=100)) == 5
+        assert "may not be read" in "".join(index.verify())

@@ -111,10 +111,8 @@ def _quality_note(plan: Plan, option: Option, curve: QualityCurve | None) -> str
     if "int8" in (option.model_type, option.index_type) or option.model_type == "fp8":
         notes.append("quantisation may cost up to 0.01 more, which metaembed-calibrate and quality measure")
     if curve.candidates < plan.candidates:
-        over = (
-            f"over {curve.candidates:,} candidates" if curve.candidates else "over it does not say how many candidates"
-        )
-        notes.append(f"the curve was measured {over}; among {plan.candidates:,} more look alike, so expect less")
+        over = f"was measured over {curve.candidates:,}" if curve.candidates else "does not say over how many"
+        notes.append(f"the curve {over} candidates; among {plan.candidates:,} more look alike, so expect less")
     return "\n".join(notes)
 
 

@@ -8,7 +8,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from metaembed.runtime.errors import BundleError, UsageError
+from metaembed.runtime.errors import BundleError, MetaEmbedError, UsageError
 
 from .rehearsal_sizes import add_rehearse
 
@@ -55,6 +55,9 @@ def work(args: argparse.Namespace) -> None:
     with _models(args) as (bundle, checkpoint, int8, model):
         manifest = Bundle.open(bundle, verify=False).manifest
         contestants = line_up(args, bundle, manifest.precision, checkpoint, int8)
+        names = [one.name for one in contestants]
+        if unknown := [name for name in args.skip if name not in (*names, INT8)]:
+            raise UsageError(f"no contestant is called {unknown[0]!r}; there are {', '.join(names)}")
         contestants = [one for one in contestants if one.name not in args.skip]
         note = (lambda text: None) if args.quiet else (lambda text: print(f"{text} ...", file=sys.stderr))
         kind, common = "encoder_gpu" if args.gpu else "encoder", {"model": model, "precision": manifest.precision}
@@ -63,6 +66,8 @@ def work(args: argparse.Namespace) -> None:
         for measured in race(contestants, cases, rounds=args.rounds, warmup=args.warmup, note=note):
             print_race(measured)
             check_same(measured, SAME[manifest.precision])
+            if all("error" in values for values in measured):
+                raise MetaEmbedError("no contestant could run; the lines above say why")
             if args.output:
                 records = [make_record(kind, {**common, **values}, bundle) for values in measured]
                 append_records(args.output, records)

@@ -161,5 +161,7 @@ def _serve(connection: Connection, contestant: Contestant) -> None:
 
 
 def _sentence(error: Exception) -> str:
+    if isinstance(error, MetaEmbedError):
+        return str(error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

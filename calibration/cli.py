@@ -113,6 +113,8 @@ def make_request(
     except ImportError as error:
         raise MetaEmbedError(f"{error.name} is not installed; pip install 'metaembed-export[calibration]'") from None
     chosen = None
+    if data == "":
+        raise UsageError("--data is empty, perhaps an unset variable of the shell; name a folder, a file or demo")
     if data is not None:
         chosen = choose(read_data(data, seed), data, samples=samples, seed=seed, text_tokens=text_tokens)
     return Request(type=kind, data=chosen, recipe=None if recipe is None else Recipe.load(recipe), **how)

@@ -128,6 +128,8 @@ class Recipe:
             raise ValueError(f"type {self.type!r} is not one of {', '.join(FORMATS)}")
         if not isinstance(self.calibration, Mapping):
             raise ValueError(f"calibration is {self.calibration!r}, not an object")
+        if not isinstance(self.observer, str):
+            raise ValueError(f"observer is {self.observer!r}, not a text")
         names = [group.name for group in self.groups]
         for group in self.groups:
             if not isinstance(group.name, str) or names.count(group.name) > 1:
@@ -136,12 +138,16 @@ class Recipe:
                 raise ValueError(f"amax of {group.name} is {group.amax!r}")
             if not _is_between(group.share, 1):
                 raise ValueError(f"share of {group.name} is {group.share!r}, not a number from 0 to 1")
+            if group.cost is not None and not _is_between(group.cost, LARGEST_AMAX):
+                raise ValueError(f"cost of {group.name} is {group.cost!r}, not a number")
             if not isinstance(group.quantised, bool):
                 raise ValueError(f"quantised of {group.name} is {group.quantised!r}, not true or false")
             if not isinstance(group.twice, bool):
                 raise ValueError(f"twice of {group.name} is {group.twice!r}, not true or false")
             if group.twice and FORMATS[self.type].remainder is None:
                 raise ValueError(f"twice of {group.name} is true, and {self.type} is not quantised in two steps")
+        if abs(math.fsum(group.share for group in self.groups) - 1) > 1e-6:
+            raise ValueError("the groups' shares do not add up to 1")
         for smoothing in self.smoothings:
             if not all(type(exponent) is int and abs(exponent) <= 64 for exponent in smoothing.exponents):
                 raise ValueError(f"exponents of {smoothing.source} are not whole numbers")

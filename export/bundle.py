@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.check import Check
-from metaembed.runtime.errors import UsageError
+from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.frozen import frozen_graphs
 from metaembed.runtime.manifest import (
     DEFAULT_OPSET,
@@ -138,6 +138,7 @@ def export_bundle(
             request = replace(request, limits=limits)
         progress.stage("placing weights")
         refs = place_weights(checkpoint, folder, progress.advance)
+        before = _stamps(folder)
         with _hashing_weights(folder) as hashes:
             # What was merged, converted or made up was checked, or is finite, as it was written into ``work``.
             unread = [name for name, ref in checkpoint.tensors.items() if work.resolve() not in ref.path.parents]
@@ -149,8 +150,17 @@ def export_bundle(
             shutil.rmtree(work)
             progress.stage("hashing")
             known = {name: record.result() for name, record in hashes.items()}
+        for name, stamp in _stamps(folder).items():
+            if stamp != before[name]:
+                raise BundleError(f"{name} was written to while it was exported; export again when it is whole")
         write_manifest(folder, _manifest(request, checkpoint, check), known=known)
     return check
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of the weight files: they are hard links, and who writes over the checkpoint in place writes to them."""
+    found = {path.name: path.stat() for path in (folder / "weights").iterdir()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 
 
 @contextmanager

@@ -24,7 +24,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # fixed times: the same code gives the same bytes
 
 def write_device_wheel(folder: Path) -> Path:
     """Write ``metaembed_export-<version>+device-py3-none-any.whl`` with metaembed.runtime and metaembed.export."""
-    version = f"{package_version()}+device"
+    version = f"{package_version().partition('+')[0]}+device"  # a kit's own may make another kit
     stem = f"{DISTRIBUTION.replace('-', '_')}-{version}"
     roots = {
         "metaembed/runtime": Path(str(metaembed.runtime.__file__)).parent,

@@ -87,7 +87,7 @@ def build_engines(
         built = [build_engine(bundle, preflight, spec, scratch, log, on_event) for spec in preflight.engines]
         record = _describe(bundle.manifest, preflight, built)
         (scratch / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        _publish(bundle, scratch, place)
+        _publish(bundle, scratch, place, force=force)
     return record
 
 
@@ -165,11 +165,13 @@ def _describe(manifest: Manifest, preflight: Preflight, built: list[BuiltEngine]
     }
 
 
-def _publish(bundle: Bundle, scratch: Path, place: Path) -> None:
+def _publish(bundle: Bundle, scratch: Path, place: Path, *, force: bool) -> None:
     """Put the new engines in their place. bundle.json never vouches for a file that is not there: it forgets the old
     engines first and learns of the new ones last. It is read again: other builds may have added theirs meanwhile."""
     prefix = place.relative_to(bundle.folder).as_posix()
     with _only_writer(place.parent):
+        if place.exists() and not force:
+            raise UsageError(f"{place} was built by another process meanwhile; -f builds it again")
         manifest = Bundle.open(bundle.folder, verify=False, ignore=ENGINES).manifest
         if manifest.fingerprint != bundle.manifest.fingerprint:
             raise BundleError(f"{bundle.folder} became another bundle while its engines were built; build them again")

@@ -8,8 +8,10 @@ libraries and Polygraphy print goes to the log.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -22,6 +24,7 @@ from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
 trt = lazy_import_trt()
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Events:
@@ -136,6 +139,12 @@ def describe_tensors(definition: Any) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def end_with_parent() -> None:
+    """Have this process killed when the one that ordered the engine ends in any way (prctl(2); Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def redirect_output(log: str) -> IO[str]:
     """Send what this process and its native libraries print to ``log``; return a stream to the former stdout."""
     events = os.fdopen(os.dup(1), "w")
@@ -146,6 +155,7 @@ def redirect_output(log: str) -> IO[str]:
 
 
 def main() -> int:
+    end_with_parent()
     order = json.loads(sys.stdin.read())
     events = Events(redirect_output(order["log"]))
     G_LOGGER.module_severity = {"": G_LOGGER.VERBOSE}

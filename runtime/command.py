@@ -7,7 +7,9 @@ import errno
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -17,6 +19,7 @@ from .errors import MetaEmbedError, UsageError
 
 T = TypeVar("T")
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 and the signal's number
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +63,8 @@ def run_command(
     logging.basicConfig(handlers=[handler])
     level = logging.DEBUG if args.verbose else logging.ERROR if args.quiet else logging.WARNING
     logging.getLogger("metaembed").setLevel(level)  # not the root: Pillow and torch would flood --verbose
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show is escaped, never a traceback
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -75,8 +80,17 @@ def run_command(
         return EXIT_DONE
     except OSError as error:
         return _fail(parser, args, _os_sentence(error), EXIT_FAILED)
-    except KeyboardInterrupt:
-        return _fail(parser, args, "interrupted; nothing half-written was left", 130)
+    except KeyboardInterrupt as error:
+        code = EXIT_TERMINATED if isinstance(error, _Terminated) else EXIT_INTERRUPTED
+        return _fail(parser, args, "interrupted; nothing half-written was left", code)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: of a container's end, a time limit, a cancelled job. What an interrupt cleans up is cleaned up then, too."""
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise _Terminated
 
 
 class _OneLine(logging.Formatter):

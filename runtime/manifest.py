@@ -221,6 +221,8 @@ class Bundle:
 def remedy(folder: Path, name: str) -> str:
     """What to do about a damaged or missing file: engines are built again, all else comes from an export."""
     parts = PurePosixPath(name).parts
+    if parts[0] == "weights":
+        return "export again (weights are hard links: was the checkpoint written over in place?)"
     if not name.startswith(ENGINES) or len(parts) < 3:
         return "export again"
     return f"build again: metaembed-build {folder} --target {parts[1]} -f"

@@ -15,6 +15,9 @@ from metaembed.runtime.errors import UsageError
 from metaembed.runtime.manifest import FORMAT, MANIFEST, check_name
 from metaembed.runtime.staged_file import sync
 
+# What lies in a bundle or a device kit beside the files that its manifest names, and what it names at least: that of a damaged one.
+BESIDE = {MANIFEST, "engines", "kit.json", "BUILD.md", "requirements.txt"}
+PARTS = {"weights", "golden", "tokenizer.json", "processor.json", "recipe.json"}
 _in_use: set[Path] = set()  # this process's scratch folders: an output may be staged beside them
 
 
@@ -61,6 +64,10 @@ def _check_replaceable(output: Path, *, force: bool) -> None:
         raise UsageError(f"{output} exists and is no bundle, so it is not replaced; choose another output with -o")
     if not force:
         raise UsageError(f"{output} exists; give -f to replace it, or another output with -o")
+    if stranger := _stranger(output):
+        raise UsageError(
+            f"{output} holds {stranger}, which is not the bundle's and would be lost; move it away, or choose another output"
+        )
 
 
 @contextmanager
@@ -131,6 +138,18 @@ def _is_bundle(folder: Path) -> bool:
         return bool(json.loads((folder / MANIFEST).read_bytes())["format"] == FORMAT)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False
+
+
+def _stranger(folder: Path) -> str | None:
+    """The first file in a bundle's folder that its manifest does not name and no command of ours puts there."""
+    try:
+        named = set(json.loads((folder / MANIFEST).read_bytes())["files"])
+    except (OSError, ValueError, TypeError, KeyError):
+        named = set()
+    beside = BESIDE if named else BESIDE | PARTS
+    files = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return next((str(file) for file in files if file.as_posix() not in named and file.parts[0] not in beside
+                 and not (len(file.parts) == 1 and file.suffix in (".whl", ".onnx"))), None)  # fmt: skip
 
 
 def _remove_abandoned(output: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from metaembed.bench.cli import main
 from metaembed.bench.contestants import build_bundle
 from metaembed.bench.contestants_torch import build_hf
 from metaembed.bench.encoder import Case, Contestant, race
@@ -42,3 +44,17 @@ def test_a_contestant_that_cannot_start_is_recorded_with_the_reason(demo_bundle,
     assert (ran["count"], ran["max_abs_difference"]) == (2, 0.0)
     assert ran["peak_rss_mib"] > 30
     assert 0 < ran["min_ms"] <= ran["median_ms"] <= ran["p95_ms"]
+
+
+def test_a_race_that_nobody_could_run_fails(demo_bundle, capsys):
+    """There is no GPU here, or the names are unknown: neither passes for a measurement."""
+    assert main(["encoder", str(demo_bundle), "--skip", "nosuch"]) == 2
+    assert "no contestant is called 'nosuch'; there are bundle fp32, HF eager" in capsys.readouterr().err
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    skipped = [f"--skip={name}" for name in ("bundle fp32, CUDA graphs", "HF SDPA, 80 rows", "torch.compile")]
+    command = ["encoder", str(demo_bundle), "--gpu", "--only", "short text query", "--rounds", "1", *skipped]
+    assert main(command) == 1
+    found = capsys.readouterr()
+    assert "no contestant could run" in found.err
+    assert "MetaEmbedError" not in found.out

@@ -250,6 +250,7 @@ def test_a_recipe_of_another_type_is_refused(int8):
     [
         ([], "give one of them"),
         (["--data", "demo", "--recipe", "none.json"], "none.json cannot be read"),
+        (["--data", ""], "--data is empty, perhaps an unset variable"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl is missing"),
         (["--data", "demo", "--samples", "3"], "at least 16"),
         (["--data", "demo", "--min-share", "2"], "not between 0 and 1"),

@@ -49,6 +49,8 @@ def test_share_counts_quantised_groups():
         ("name", "b", "the name 'b' is no text, or two groups have it"),
         ("twice", "no", "twice of a is 'no'"),
         ("size", 3, "size"),
+        ("cost", "x", "cost of a is 'x'"),
+        ("share", 0.0, "shares do not add up to 1"),
     ],
 )
 def test_a_nonsensical_edit_is_refused(tmp_path, key, value, sentence):
@@ -63,7 +65,11 @@ def test_a_nonsensical_edit_is_refused(tmp_path, key, value, sentence):
 
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
-    [("calibration", [1], r"calibration is \[1\]"), ("type", "fp8", "fp8 is not quantised in two steps")],
+    [
+        ("observer", 5, "observer is 5"),
+        ("calibration", [1], r"calibration is \[1\]"),
+        ("type", "fp8", "fp8 is not quantised in two steps"),
+    ],
 )
 def test_a_nonsensical_edit_of_the_whole_is_refused(tmp_path, key, value, sentence):
     path = tmp_path / "recipe.json"

@@ -11,11 +11,12 @@ from pathlib import Path
 import onnx
 import pytest
 
-from metaembed.export.bundle import ExportRequest, place_weights, write_manifest
+from metaembed.export.bundle import ExportRequest, Silence, export_bundle, place_weights, write_manifest
 from metaembed.export.checkpoint import Checkpoint
 from metaembed.export.models import resolve_model
-from metaembed.runtime.errors import UsageError
-from metaembed.runtime.manifest import MANIFEST, Bundle
+from metaembed.runtime.budget import Budget
+from metaembed.runtime.errors import BundleError, UsageError
+from metaembed.runtime.manifest import MANIFEST, Bundle, Limits
 
 
 def external(path: Path) -> dict[str, tuple[str, int, int]]:
@@ -94,6 +95,23 @@ def test_a_shard_is_never_placed_over_another(demo_folder: Path, tmp_path: Path,
     (tmp_path / "bundle").mkdir()
     refs = place_weights(replace(checkpoint, tensors=tensors), tmp_path / "bundle")
     assert [(tmp_path / "bundle" / ref.location).read_bytes() for ref in refs.values()] == [b"\0", b"\1", b"\2"]
+
+
+def test_a_checkpoint_that_is_written_to_meanwhile_is_refused(demo_folder: Path, tmp_path: Path):
+    """Found in review: weights are hard links; the bundle was called good, and failed its next check."""
+    folder = shutil.copytree(demo_folder, tmp_path / "checkpoint")
+
+    class Meddling(Silence):
+        def stage(self, what: str) -> None:
+            if what.startswith("tracing"):
+                (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+
+    request = ExportRequest(
+        model=resolve_model(str(folder)), budgets=[Budget(1, 1)], limits=Limits(64, 64), parity=False
+    )
+    with pytest.raises(BundleError, match=r"model.safetensors was written to while it was exported"):
+        export_bundle(request, tmp_path / "bundle", progress=Meddling())
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_blob_gets_a_name_that_the_manifest_allows(demo_folder: Path, tmp_path: Path):

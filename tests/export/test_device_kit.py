@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.utils import parse_wheel_filename
 
+from metaembed.export import device_wheel
 from metaembed.export.cli_build import main as build_command
 from metaembed.runtime.cli_check import main as check_command
 from metaembed.runtime.manifest import LANGUAGE, MANIFEST, Bundle
@@ -95,6 +97,14 @@ def test_a_kit_made_from_inside_the_bundle_lies_beside_it(demo_bundle, tmp_path,
     monkeypatch.chdir(bundle / "weights")
     assert build_command(["..", "--target", "orin", "--quiet"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle-kit-agx-orin-64gb"]
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "0.1.0+device", "0.1.0+abc"])
+def test_a_kit_of_a_kit_has_a_wheel_that_pip_takes(tmp_path, monkeypatch, version):
+    """Expected: the version as packaging, which pip judges by, reads it from the file's name."""
+    monkeypatch.setattr(device_wheel, "package_version", lambda: version)
+    wheel = device_wheel.write_device_wheel(tmp_path)
+    assert str(parse_wheel_filename(wheel.name)[1]) == "0.1.0+device"
 
 
 def test_the_kits_wheel_installs_and_its_command_runs_there(kit, tmp_path):

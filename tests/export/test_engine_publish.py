@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from metaembed.export.preflight import check_target
 from metaembed.export.profiles import Sizes, plan_engines
 from metaembed.runtime.devices import find_device
 from metaembed.runtime.engines import read_engine_sets
-from metaembed.runtime.errors import BundleError
+from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.manifest import MANIFEST, Bundle, FileRecord
 
 KILLED_BUILD = """
@@ -70,6 +71,33 @@ def test_two_builds_at_once_are_both_vouched_for(folder, meanwhile):
     meanwhile.append(lambda: build(folder, "l4", force=True))
     build(folder, "a100", force=True)
     assert targets(folder) == ["a100-80gb", "l4"]
+
+
+def test_the_second_of_two_builds_of_one_target_is_told(folder, meanwhile):
+    """Found in review: both said that all was well, and the second had replaced the first's engines without -f."""
+    theirs = folder / "engines" / "a100-80gb" / "theirs"
+    meanwhile.append(lambda: (theirs.parent.mkdir(), theirs.touch()))
+    with pytest.raises(UsageError, match="built by another process meanwhile; -f builds it again"):
+        build(folder, "a100")
+    assert theirs.exists()
+
+
+def test_a_builder_ends_with_the_process_that_ordered_it(tmp_path):
+    """Found in review: a killed command left its builder, of gigabytes, running to its end."""
+    child = "from metaembed.export.engine_worker import end_with_parent; import time; "
+    child += "end_with_parent(); print(1, flush=True); time.sleep(99)"
+    parent = (
+        "import os, subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\nprint(child.pid, flush=True)\nos.kill(os.getpid(), 9)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(engine.__file__).parents[2])}
+    killed = subprocess.run([sys.executable, "-c", parent], env=environment, capture_output=True, text=True)
+    status = Path(f"/proc/{int(killed.stdout)}/status")
+    deadline = time.monotonic() + 20
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not status.exists() or "State:\tZ" in status.read_text()
 
 
 def test_engines_of_a_bundle_that_changed_meanwhile_are_not_vouched_for(folder, meanwhile):

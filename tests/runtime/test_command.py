@@ -60,6 +60,32 @@ def test_names_of_files_cannot_pass_for_output(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "metaembed-x: bad\\n\\x1b[31mrm -rf.jpg is missing\n"
 
 
+TERMINATED = """
+import time
+from metaembed.runtime.command import Parser, run_command
+def work(args):
+    try:
+        print("at work", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+parser = Parser(prog="metaembed-x")
+parser.add_common()
+raise SystemExit(run_command(parser, work, []))
+"""
+
+
+def test_sigterm_cleans_up_as_an_interrupt_does():
+    """Found in review: containers and time limits end commands so, and what was half-written stayed."""
+    with subprocess.Popen([sys.executable, "-c", TERMINATED], stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at work\n"
+        process.terminate()
+        out, error = process.communicate(timeout=30)
+    assert (process.returncode, out) == (143, "cleaned up\n")
+    assert error == "metaembed-x: interrupted; nothing half-written was left\n"
+
+
 def test_success_is_zero_and_silent(capsys: pytest.CaptureFixture[str]):
     assert finish(None) == 0
     assert capsys.readouterr() == ("", "")

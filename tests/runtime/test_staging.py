@@ -104,6 +104,27 @@ def test_force_replaces_a_bundle_wholly(tmp_path: Path):
     assert names(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("stranger", ["notes.txt", "data/page.png", "weights/mine.bin", "checkpoint"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_is_not_the_bundles_is_never_lost(tmp_path: Path, stranger: str, damaged: bool):
+    """Found in review: -f deleted the checkpoint, the calibration images and the notes that lay inside the output."""
+    output = tmp_path / "out"
+    make_bundle(output)
+    record = {"format": FORMAT} if damaged else {"format": FORMAT, "files": {"weights/a.bin": {}}}
+    (output / MANIFEST).write_text(json.dumps(record))
+    check_output(output, force=True)
+    (output / stranger).parent.mkdir(exist_ok=True)
+    (output / stranger).write_text("precious") if stranger != "checkpoint" else (output / stranger).symlink_to(tmp_path)
+    if damaged and stranger.startswith("weights"):
+        return  # nothing says what belongs there
+    with (
+        pytest.raises(UsageError, match=f"holds {stranger}, which is not the bundle's"),
+        staged_folder(output, force=True),
+    ):
+        pytest.fail("the work began")
+    assert os.path.lexists(output / stranger)
+
+
 def test_an_existing_bundle_is_refused_without_force(tmp_path: Path):
     make_bundle(tmp_path / "out")
     with pytest.raises(UsageError, match="give -f"):
@@ -194,7 +215,9 @@ for round in range(100_000):
     with staged_folder(output, force=True) as folder:
         for place in range(3):
             (folder / f"{place}.bin").write_bytes(bytes([round % 256]) * 20_000)
-        (folder / "bundle.json").write_text(json.dumps({"format": "metaembed-bundle", "round": round % 256}))
+        (folder / "bundle.json").write_text(json.dumps({
+            "format": "metaembed-bundle", "files": {f"{place}.bin": {} for place in range(3)}, "round": round % 256
+        }))
 """
 
 

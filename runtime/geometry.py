@@ -169,7 +169,7 @@ class Geometry:
         """Read an HF config.json, flat (hub checkpoints) or with a ``text_config`` (transformers 5)."""
         _require_value(config, "model_type", "qwen2_5_vl", default=None)
         _refuse_other_modes(config)
-        dim = _int(config, "dim", NO_PROJECTION)
+        dim = NO_PROJECTION if config.get("dim") is None else _int(config, "dim", NO_PROJECTION)
         return cls(
             text=TextGeometry.from_config(_section(config, "text_config") or config),
             vision=VisionGeometry.from_config(_section(config, "vision_config")),

@@ -32,6 +32,7 @@ from .safetensors_writer import SHARD_BYTES, Advance, TensorSpec, write_checkpoi
 
 T = TypeVar("T")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"
 MERGE_VALUES = 1 << 22  # values merged at a time: 16 MiB in fp32
 
 # What changes the meaning of an adapter beyond W + scale * B A, by its key in adapter_config.json.
@@ -89,6 +90,11 @@ class Adapter:
         halves: dict[str, dict[str, TensorRef]] = {}
         replacements: Refs = {}
         for raw, ref in read_header((folder / ADAPTER_WEIGHTS).resolve()).items():
+            if ".lora_embedding_" in raw:
+                raise UsageError(
+                    f"the adapter {folder} has LoRA of an embedding ({raw}), which is not supported; "
+                    "merge it into its base with PEFT's merge_and_unload first"
+                )
             match = _LORA.fullmatch(raw)
             if match:
                 _add(halves.setdefault(match["module"], {}), match["side"], ref, raw)
@@ -230,9 +236,14 @@ def _for_module(config: Mapping[str, Any], patterns: str, module: str, default: 
 
 
 def _read_adapter_config(folder: Path) -> dict[str, Any]:
-    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / file).is_file():
-            raise UsageError(f"{folder} has no {file}, so it is no PEFT adapter")
+    missing = [file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / file).is_file()]
+    if missing == [ADAPTER_WEIGHTS] and (folder / PICKLED_WEIGHTS).is_file():
+        raise UsageError(
+            f"{folder} has {PICKLED_WEIGHTS} but no {ADAPTER_WEIGHTS}; "
+            "pickled weights are not read: save the adapter with safe_serialization"
+        )
+    if missing:
+        raise UsageError(f"{folder} has no {missing[0]}, so it is no PEFT adapter")
     config = read_json(folder / ADAPTER_CONFIG)
     kind = config.get("peft_type")
     refused = [name for key, name in UNSUPPORTED.items() if config.get(key)]
@@ -258,4 +269,5 @@ def _metaembed_keys(folder: Path) -> dict[str, Any]:
     """MetaEmbed's own settings, where the adapter folder carries a config.json; they outrank the base's."""
     if not (folder / "config.json").is_file():
         return {}
-    return {key: value for key, value in read_json(folder / "config.json").items() if key in METAEMBED_KEYS}
+    said = read_json(folder / "config.json")
+    return {key: said[key] for key in METAEMBED_KEYS if said.get(key) is not None}

@@ -200,7 +200,7 @@ def _adds_meta(names: set[str | None], refs: Refs) -> bool:
 def with_projection(config: Mapping[str, Any], refs: Refs) -> dict[str, Any]:
     """A base's config.json cannot know of the projection that MetaEmbed added; its tensor tells."""
     weight = refs.get("custom_text_proj.weight")
-    if "dim" not in config and weight is not None and weight.shape:
+    if config.get("dim") is None and weight is not None and weight.shape:
         return {**config, "dim": weight.shape[0]}
     return dict(config)
 

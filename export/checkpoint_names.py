@@ -20,4 +20,6 @@ def canonical_name(name: str) -> str | None:
     bare = _WRAPPERS.sub("", name, count=1).replace(".modules_to_save.default", "")
     if _UNUSED.match(bare):
         return None
+    if bare == "prompt_embed_tokens":  # a bare parameter, where others save an embedding
+        return f"{bare}.weight"
     return f"language_model.{bare}" if bare.startswith(_DECODER) else bare

@@ -136,6 +136,11 @@ def _resolve_known(known: KnownModel, base: Folder | None, adapter: Folder | Non
 def _resolve_folder(name: str, folder: Path, base: Folder | None, adapter: Folder | None) -> ResolvedModel:
     """A checkpoint with or without ``adapter``; or an adapter with ``base`` or the base that it names."""
     check_name(folder)
+    if adapter is None and has_weights(folder) and (folder / ADAPTER_CONFIG).is_file():
+        raise UsageError(
+            f"{folder} holds a model and an adapter; merge them with --adapter {folder}, "
+            f"or move {ADAPTER_CONFIG} away if the model is merged already"
+        )
     if has_weights(folder) or not (folder / ADAPTER_CONFIG).is_file():
         if base is not None:
             raise UsageError(f"{name} is a whole checkpoint; --base goes with {', '.join(KNOWN)} or an adapter folder")

@@ -14,18 +14,17 @@ from metaembed.runtime.images import ImageRules
 from metaembed.runtime.manifest import TOKENIZER
 from metaembed.runtime.text import Tokenizer
 
-from .checkpoint import read_json
-from .source import find_asset
+from .source import find_asset, find_image_processor
 
 
 def read_processor(folders: Sequence[Path], image_tokens: int) -> ImageRules:
-    """The rules of preprocessor_config.json for images of at most ``image_tokens``.
+    """The checkpoint's image rules for images of at most ``image_tokens``.
 
     Raises:
         UsageError: there is none, or the model's smallest image is larger than that.
         BundleError: it is damaged, or asks for what this version does not do.
     """
-    return ImageRules.from_config(read_json(find_asset(folders, "preprocessor_config.json")), image_tokens)
+    return ImageRules.from_config(find_image_processor(folders)[1], image_tokens)
 
 
 def find_tokenizer(folders: Sequence[Path], geometry: Geometry) -> Path:

@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from metaembed.runtime.golden import GoldenItem
 
-from .source import Source
+from .source import Source, find_image_processor
 from .streamed import needs_streaming, open_loaded, open_streamed
 
 Floats = NDArray[np.float32]
@@ -41,7 +41,7 @@ class Reference:
         open_model = open_streamed if self.streamed else open_loaded
         self.model = open_model(source.folder, source.checkpoint)
         self.tokenizer = AutoTokenizer.from_pretrained(source.asset("tokenizer.json").parent)
-        self.images = Qwen2VLImageProcessorPil.from_pretrained(source.asset("preprocessor_config.json").parent)
+        self.images = Qwen2VLImageProcessorPil.from_pretrained(find_image_processor(source.assets)[0])
         limit = min(self.images.size["longest_edge"], max_image_tokens * 28 * 28)
         self.images.size = {"shortest_edge": self.images.size["shortest_edge"], "longest_edge": limit}
         self.query_tokens = int(source.checkpoint.config.get("num_query_prompt_tokens", 16))

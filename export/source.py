@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from metaembed.runtime.errors import UsageError
+from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.finite import count_not_finite
 
-from .checkpoint import Checkpoint, finite_pieces
+from .checkpoint import Checkpoint, finite_pieces, read_json
 from .models import DEMO_FOLDER, ResolvedModel
 from .random_weights import write_random_checkpoint
 from .safetensors_header import FLOAT_DTYPES
@@ -20,6 +21,7 @@ from .safetensors_writer import TensorSpec, write_checkpoint
 
 STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 PIECE_VALUES = 1 << 22
+IMAGE_CONFIG, PROCESSOR_CONFIG = "preprocessor_config.json", "processor_config.json"
 Advance = Callable[[int], object]
 
 
@@ -49,9 +51,34 @@ def find_asset(folders: Sequence[Path], name: str) -> Path:
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
+    raise _missing(folders, name)
+
+
+def _missing(folders: Sequence[Path], what: str) -> UsageError:
     where = " nor ".join(str(folder) for folder in folders)
-    raise UsageError(f"neither {where} has {name}; copy it from the base model" if len(folders) > 1 else
-                     f"{where} has no {name}; copy it from the base model")  # fmt: skip
+    has = f"neither {where} has" if len(folders) > 1 else f"{where} has no"
+    return UsageError(f"{has} {what}; copy it from the base model")
+
+
+def find_image_processor(folders: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+    """The first folder that has image rules, and these.
+
+    transformers 5 saves them in processor_config.json, and prefers that; older versions write one without them.
+
+    Raises:
+        UsageError: no folder has any.
+        BundleError: a file is damaged.
+    """
+    for folder in folders:
+        path = folder / PROCESSOR_CONFIG
+        rules = read_json(path).get("image_processor") if path.is_file() else None
+        if rules is None and (folder / IMAGE_CONFIG).is_file():
+            rules = read_json(folder / IMAGE_CONFIG)
+        if rules is not None and not isinstance(rules, dict):
+            raise BundleError(f"{path}: image_processor should be an object, not {rules!r}")
+        if rules is not None:
+            return folder, rules
+    raise _missing(folders, f"{IMAGE_CONFIG}, nor an image_processor in {PROCESSOR_CONFIG}")
 
 
 def open_source(

@@ -33,7 +33,7 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Read ``R_Q,R_C``; anything else is a UsageError."""
-        match = re.fullmatch(r"\s*(\d{1,6})\s*,\s*(\d{1,6})\s*", text)
+        match = re.fullmatch(r"\s*([0-9]{1,6})\s*,\s*([0-9]{1,6})\s*", text)
         if not match:
             raise UsageError(f"budget {text!r} is not of the form R_Q,R_C (two whole numbers, for example 8,16)")
         return cls(int(match[1]), int(match[2]))

@@ -17,6 +17,7 @@ QUERY_TOKENS, CANDIDATE_TOKENS, NO_PROJECTION = 16, 64, -1
 GRAPH_SIZES = (14, 2, 2, 3, 112)
 # No size reaches this, and a damaged config.json should not make us list a billion layers.
 LARGEST, MOST_LAYERS = 1e9, 1000
+FULL_ATTENTION = "full_attention"  # of transformers' layer_types, the one that Qwen2.5-VL was published with
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Geometry:
         """Read an HF config.json, flat (hub checkpoints) or with a ``text_config`` (transformers 5)."""
         _require_value(config, "model_type", "qwen2_5_vl", default=None)
         _refuse_other_modes(config)
-        dim = _int(config, "dim", NO_PROJECTION)
+        dim = NO_PROJECTION if config.get("dim") is None else _int(config, "dim", NO_PROJECTION)
         return cls(
             text=TextGeometry.from_config(_section(config, "text_config") or config),
             vision=VisionGeometry.from_config(_section(config, "vision_config")),
@@ -224,9 +225,20 @@ def _refuse_other_variants(config: Config) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     _require(kind in ("default", "mrope"), f"rotary embeddings of type {kind!r} are not supported, only 'default'")
     _require(not config.get("use_sliding_window"), "sliding-window attention (use_sliding_window) is not supported")
+    _refuse_other_layers(config)
     head_dim = config.get("head_dim")
     implied = _int(config, "hidden_size", 8192) // max(1, _int(config, "num_attention_heads", 64))
     _require(head_dim in (None, implied), f"head_dim {head_dim} is not hidden_size / heads ({implied})")
+
+
+def _refuse_other_layers(config: Config) -> None:
+    """transformers 5 names the attention of every layer, whatever use_sliding_window says."""
+    kinds, layers = config.get("layer_types"), _int(config, "num_hidden_layers", 80)
+    if kinds is None:
+        return
+    _require(isinstance(kinds, list) and len(kinds) == layers, f"layer_types does not list its {layers} layers")
+    for kind in kinds:
+        _require(kind == FULL_ATTENTION, f"layer_types names {kind!r}, and only {FULL_ATTENTION!r} is supported")
 
 
 def _mrope_section(rope: Config) -> tuple[int, int, int]:

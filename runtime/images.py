@@ -82,7 +82,7 @@ class ImageRules:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], max_image_tokens: int) -> ImageRules:
-        """Read a Hugging Face preprocessor_config.json (both spellings of the limits) and cap it at max_image_tokens.
+        """Read Hugging Face's image processor settings (both spellings of the limits) and cap them at max_image_tokens.
 
         Raises:
             BundleError: the config asks for something that this version does not do.

@@ -17,7 +17,7 @@ def with_stored_projection(config: Mapping[str, Any], folder: Path) -> dict[str,
 
     What cannot be read shows nothing: a model can be planned, or rehearsed, without its weights.
     """
-    if "dim" in config:
+    if config.get("dim") is not None:
         return dict(config)
     widths = (_projection_width(path) for path in sorted(folder.glob("*.safetensors")))
     return next(({**config, "dim": width} for width in widths if width), dict(config))

@@ -284,6 +284,40 @@ def test_folder_without_adapter_files_is_one_sentence(copied):
     assert_refused(copied, "no adapter_model.safetensors")
 
 
+def test_pickled_adapter_is_told_how_to_be_saved(copied):
+    (copied / "adapter" / "adapter_model.safetensors").rename(copied / "adapter" / "adapter_model.bin")
+    assert_refused(copied, "has adapter_model.bin", "pickled weights are not read", "safe_serialization")
+
+
+def test_lora_of_the_token_table_is_refused_by_name(tmp_path, tiny_config):
+    """As PEFT writes it."""
+    train(tiny_config, tmp_path, target_modules=["q_proj", "embed_tokens"])
+    assert_refused(tmp_path, "LoRA of an embedding", "embed_tokens.lora_embedding_", "merge_and_unload")
+
+
+def test_meta_tokens_saved_as_a_bare_parameter_are_the_same(copied):
+    """Expected: what the usual spelling, prompt_embed_tokens.weight, gives."""
+    usual = open_with_adapter(copied / "base", copied / "adapter", copied / "usual")
+    rewrite_adapter(
+        copied, lambda t: {n.replace("prompt_embed_tokens.weight", "prompt_embed_tokens"): v for n, v in t.items()}
+    )
+    names = load_file(copied / "adapter" / "adapter_model.safetensors")
+    assert any(name.endswith("prompt_embed_tokens") for name in names)
+    bare = open_with_adapter(copied / "base", copied / "adapter", copied / "bare")
+    assert list(bare.tensors) == list(usual.tensors)
+    for name in usual.tensors:
+        np.testing.assert_array_equal(bare.read(name), usual.read(name), name)
+
+
+def test_a_null_dim_leaves_the_width_to_the_projection(copied):
+    """Expected: DIM, the rows of the projection that was trained; by the base's config, the adapter's, or both."""
+    config = json.loads((copied / "base" / "config.json").read_text())
+    (copied / "base" / "config.json").write_text(json.dumps(config | {"dim": None}))
+    assert open_with_adapter(copied / "base", copied / "adapter", copied / "one").geometry.dim == DIM
+    (copied / "adapter" / "config.json").write_text('{"dim": null}')
+    assert open_with_adapter(copied / "base", copied / "adapter", copied / "two").geometry.dim == DIM
+
+
 def test_existing_output_is_kept(copied):
     (copied / "merged").mkdir()
     (copied / "merged" / "mine").touch()

@@ -81,6 +81,30 @@ def test_every_generation_of_names_is_the_same_checkpoint(folder, generation):
         np.testing.assert_array_equal(checkpoint.read(name), values, name)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_meta_tokens_saved_as_a_bare_parameter_are_the_same(folder, beside):
+    """Expected: the values that were stored as prompt_embed_tokens.weight."""
+    before = Checkpoint.open(folder).tensors
+    values = np.array(Checkpoint.open(folder).read(META))
+    meta = {"prompt_embed_tokens": load_file(folder / "model.safetensors")[META]}
+    if beside:
+        save_file(meta, folder / "meta.safetensors")
+    rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if n != META} | ({} if beside else meta))
+    checkpoint = Checkpoint.open(folder)
+    assert list(checkpoint.tensors) == list(before)
+    np.testing.assert_array_equal(checkpoint.read(META), values)
+
+
+def test_a_null_dim_is_none_at_all(folder):
+    """Expected: 5 rows of the projection, as written here; without one, the 48 of the decoder."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dim": None}))
+    assert Checkpoint.open(folder).geometry.dim == 48
+    extra = {"custom_text_proj.weight": torch.zeros(5, 48), "custom_text_proj.bias": torch.zeros(5)}
+    rewrite(folder, lambda tensors: tensors | extra)
+    assert Checkpoint.open(folder).geometry.dim == 5
+
+
 def test_unused_tensors_have_no_name():
     names = ("lm_head.weight", "base_model.model.lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq")
     assert [canonical_name(name) for name in names] == [None] * 3

@@ -320,6 +320,16 @@ def test_a_dry_run_refuses_a_tokenizer_beyond_the_token_table(refused: Callable[
     assert "no tokenizer.json" in refused(2, "--model", checkpoint, "--budget", "8,16", "--dry-run")
 
 
+def test_a_dry_run_refuses_layers_that_attend_otherwise(refused: Callable[..., str], checkpoint: Path):
+    """The demo has three; use_sliding_window: false does not undo layer_types, in transformers."""
+    config = json.loads((checkpoint / "config.json").read_bytes())
+    sliding = {"layer_types": ["sliding_attention"] * 3, "sliding_window": 8, "use_sliding_window": False}
+    config["text_config"] |= sliding
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    for flags in ((), ("--dry-run",)):
+        assert "sliding_attention" in refused(2, "--model", checkpoint, "--budget", "8,16", *flags)
+
+
 def test_a_dry_run_refuses_an_adapter_for_another_model(refused: Callable[..., str], checkpoint: Path, tmp_path: Path):
     """64 wide, where the demo's decoder has 128."""
     (tmp_path / "lora").mkdir()

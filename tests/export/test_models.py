@@ -231,6 +231,44 @@ def test_mistaken_models_are_explained(tmp_path, tiny, arguments, words):
     assert "\n" not in str(caught.value)
 
 
+def both(folder, tiny):
+    """A model and an adapter in one folder, as trainers leave them that save both."""
+    write_model(folder, tiny)
+    write_adapter(folder.with_name("lora"), {"prompt_embed_tokens.weight": torch.ones(10, 48)})
+    for path in folder.with_name("lora").iterdir():
+        shutil.copy(path, folder)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"model": "mine"}, {"model": "tiny", "base": "mine"}, {"model": "mine", "base": "other"}, {"model": "tiny"}],
+    ids=str,
+)
+def test_a_model_and_an_adapter_in_one_folder_are_refused_unless_the_adapter_is_named(
+    tmp_path, tiny, monkeypatch, arguments
+):
+    """Hugging Face would load the adapter onto the base that it names."""
+    both(tmp_path / "mine", tiny)
+    write_model(tmp_path / "other", tiny)
+    if arguments == {"model": "tiny"}:  # METAEMBED_HOME/tiny
+        (tmp_path / "home").mkdir()
+        (tmp_path / "mine").rename(tmp_path / "home" / "tiny")
+        monkeypatch.setenv("METAEMBED_HOME", str(tmp_path / "home"))
+    with pytest.raises(UsageError, match="holds a model and an adapter; merge them with --adapter") as caught:
+        resolve_model(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [{"model": "mine"}, {"model": "tiny", "base": "mine"}], ids=str)
+@pytest.mark.parametrize("adapter", ["mine", "lora"])
+def test_a_named_adapter_is_merged_whatever_lies_beside_the_model(tmp_path, tiny, arguments, adapter):
+    """Expected: the ones of the adapter's Meta Tokens."""
+    both(tmp_path / "mine", tiny)
+    found = resolve_model(**arguments, adapter=adapter)
+    assert found.adapter.name == adapter
+    assert (found.open(tmp_path / "merged").read("prompt_embed_tokens.weight") == 1).all()
+
+
 def test_plain_base_is_told_that_it_lacks_an_adapter(tmp_path, tiny):
     from safetensors.numpy import load_file, save_file
 

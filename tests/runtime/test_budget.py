@@ -14,7 +14,22 @@ def test_a_budget_is_two_numbers(text: str):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "8", "8,", ",16", "8,16,32", "8;16", "8.0,16", "-1,4", "+1,4", "a,b", "1e1,4", "all,1", "9" * 99 + ",1"],
+    [
+        "",
+        "8",
+        "8,",
+        ",16",
+        "8,16,32",
+        "8;16",
+        "8.0,16",
+        "-1,4",
+        "+1,4",
+        "a,b",
+        "1e1,4",
+        "all,1",
+        "9" * 99 + ",1",
+        "٨,١٦",
+    ],
 )
 def test_anything_else_is_refused_with_an_example(text: str):
     with pytest.raises(UsageError, match="8,16"):

@@ -90,6 +90,7 @@ REFUSED = {
     "quantization_config": ({"bits": 4}, "quantised"),
     "hidden_act": ("gelu", "silu"),
     "use_sliding_window": (True, "sliding"),
+    "layer_types": (["full_attention"] * 27 + ["sliding_attention"], "sliding_attention"),
     "rope_scaling": ({"type": "yarn", "mrope_section": [16, 24, 24]}, "yarn"),
     "head_dim": (64, "head_dim"),
     "num_attention_heads": (27, "27 heads"),
@@ -102,6 +103,18 @@ REFUSED = {
     "dim": (0, "projection"),
     "text_config": (["a list"], "text_config"),
 }
+
+
+@pytest.mark.parametrize("kinds", [["full_attention"] * 27, "full_attention", 28])
+def test_types_of_other_than_all_layers_are_refused(kinds):
+    """Qwen2_5_VLTextConfig refuses them too, with a traceback; 7B has 28 layers."""
+    with pytest.raises(UsageError, match="layer_types does not list its 28 layers"):
+        Geometry.from_config({**KNOWN["7b"].config, "layer_types": kinds})
+
+
+@pytest.mark.parametrize("change", [{"layer_types": ["full_attention"] * 28}, {"layer_types": None}, {"dim": None}])
+def test_what_says_nothing_new_is_read(change):
+    assert Geometry.from_config({**KNOWN["7b"].config, **change}) == KNOWN["7b"].geometry
 
 
 @pytest.mark.parametrize("key", REFUSED)

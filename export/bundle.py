@@ -133,7 +133,7 @@ def export_bundle(
         if limits != request.limits:
             progress.stage(
                 f"images are scaled to at most {limits.image_tokens} visual tokens, not {request.limits.image_tokens}: "
-                "the checkpoint's preprocessor_config.json allows no more"
+                "the checkpoint's image rules allow no more"
             )
             request = replace(request, limits=limits)
         progress.stage("placing weights")

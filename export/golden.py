@@ -106,7 +106,7 @@ def largest_size(rules: ImageRules) -> tuple[int, int]:
     if found is None:
         raise UsageError(
             f"no image keeps to both limits of the image processor, {rules.min_pixels} to {rules.max_pixels} pixels; "
-            "widen them in preprocessor_config.json, or give another --max-image-tokens"
+            "widen them in the checkpoint, or give another --max-image-tokens"
         )
     return found
 

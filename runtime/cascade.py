@@ -48,7 +48,7 @@ class Stage:
     @classmethod
     def parse(cls, text: str) -> Stage:
         """Read ``R_Q,R_C:KEEP`` or ``R_Q,R_C``."""
-        match = re.fullmatch(r"([^:]+)(?::(\d{1,9}))?", text.strip())
+        match = re.fullmatch(r"([^:]+)(?::([0-9]{1,9}))?", text.strip())
         if not match:
             raise UsageError(f"stage {text!r} is not of the form R_Q,R_C:KEEP (for example 1,1:1000)")
         return cls(Budget.parse(match[1]), int(match[2]) if match[2] else None)

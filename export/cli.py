@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         plan = make_plan(model.name, geometry, budgets, CANDIDATES, max_image_tokens=image_tokens)
         found = "random weights" if args.random_weights is not None else model.base or "none were found"
         print(f"{_graphs(args, budgets)}\nweights: one set for all of them ({found})\n{describe(plan)}")
-        print(describe_fits(plan, devices or DEVICES))
+        print(describe_fits(plan, devices or DEVICES, args.precision, args.quantize))
         return 0
 
     from .bundle import ExportRequest, export_bundle  # torch, once the request is known to make sense

@@ -74,9 +74,9 @@ def measure_layouts(
               "budgets": [str(budget) for budget in bundle.manifest.budgets], "builder": f"{FLAVOUR} {version}"}  # fmt: skip
     for layout in layouts:
         options = BuildOptions(budgets=bundle.manifest.budgets, **LAYOUTS[layout])
-        wanted = chosen_engines(bundle, options)
+        wanted = chosen_engines(bundle.manifest, options)
         some = separate if layout == "separate" and separate else options.budgets
-        specs = chosen_engines(bundle, replace(options, budgets=tuple(some)))
+        specs = chosen_engines(bundle.manifest, replace(options, budgets=tuple(some)))
         for spec in specs:
             if str(spec) not in built:
                 preflight = check_target(bundle, device, (spec,), flavour=FLAVOUR, version=version)

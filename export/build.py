@@ -13,13 +13,13 @@ from metaembed.runtime.cuda import find_gpu
 from metaembed.runtime.devices import Device
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.graph_maxsim import MEMORY_BYTES, QUERIES, chunk_size
-from metaembed.runtime.manifest import SCORER, Bundle
+from metaembed.runtime.manifest import SCORER, Bundle, Manifest
 from metaembed.runtime.staging import check_output
 
 from .device_kit import build_command, write_device_kit
 from .engine import build_engines, check_place
 from .engine_process import Event
-from .preflight import Preflight, check_target
+from .preflight import Preflight, check_planned, check_target
 from .profiles import EngineSpec, Sizes, plan_engines, scorer_engine
 from .route import KIT, choose_route, installed_versions
 
@@ -73,19 +73,10 @@ def build_target(
         UsageError: something that is known beforehand stands in the way; nothing has been done.
         MetaEmbedError: the builder failed; nothing is left but its log.
     """
-    gpu, installed = find_gpu(), installed_versions()
-    route = choose_route(device, options.flavour, gpu.capability if gpu else None, installed)
-    flavour = "tensorrt" if route == KIT else route
-    preflight = check_target(
-        bundle,
-        device,
-        chosen_engines(bundle, options),
-        flavour=flavour,
-        version=None if route == KIT else installed.get(flavour),
-        builds_here=route != KIT,
-    )
+    route, builder = _choose_builder(device, options.flavour)
+    preflight = check_target(bundle, device, chosen_engines(bundle.manifest, options), **builder)
     if route == KIT:
-        kit, words = _check_kit_folder(bundle, device, output, force), _kit_words(bundle, options)
+        kit, words = _check_kit_folder(bundle.folder, device, output, force), _kit_words(bundle, options)
         if dry_run:
             return BuildResult(route, preflight)
         write_device_kit(bundle, preflight, kit, words, force=force)
@@ -98,10 +89,34 @@ def build_target(
     return BuildResult(route, preflight, record=build_engines(bundle, preflight, force=force, on_event=on_event))
 
 
-def chosen_engines(bundle: Bundle, options: BuildOptions) -> tuple[EngineSpec, ...]:
+def check_before_export(manifest: Manifest, folder: Path, device: Device, *, force: bool = False) -> None:
+    """Refuse what ``build_target``, with its defaults, would refuse of the bundle that ``folder`` will be.
+
+    Args:
+        manifest: the bundle's, as far as the request tells; of ``files`` the names count.
+
+    Raises:
+        UsageError: the target's builder is not installed, what it lacks, or why its kit cannot be written.
+    """
+    route, builder = _choose_builder(device, None)
+    check_planned(manifest, device, chosen_engines(manifest, BuildOptions(budgets=manifest.budgets)), **builder)
+    if route == KIT:
+        _check_kit_folder(folder, device, None, force)
+
+
+def _choose_builder(device: Device, asked: str | None) -> tuple[str, dict[str, Any]]:
+    """The route to a device, and what a preflight must know of its builder."""
+    gpu, installed = find_gpu(), installed_versions()
+    route = choose_route(device, asked, gpu.capability if gpu else None, installed)
+    if route == KIT:
+        return route, {"flavour": "tensorrt", "version": None, "builds_here": False}
+    return route, {"flavour": route, "version": installed.get(route), "builds_here": True}
+
+
+def chosen_engines(manifest: Manifest, options: BuildOptions) -> tuple[EngineSpec, ...]:
     """The engines that these options ask for."""
     engines = plan_engines(
-        Sizes.of(bundle.manifest),
+        Sizes.of(manifest),
         options.budgets,
         layout=options.layout,
         side=options.side,
@@ -109,17 +124,17 @@ def chosen_engines(bundle: Bundle, options: BuildOptions) -> tuple[EngineSpec, .
         query_batch=options.max_batch if options.max_batch is not None else QUERY_BATCH,
         candidate_batch=options.max_batch if options.max_batch is not None else CANDIDATE_BATCH,
     )
-    if SCORER not in bundle.manifest.files:
+    if SCORER not in manifest.files:
         return engines
-    dim, query = bundle.manifest.geometry.dim, bundle.manifest.largest.query
-    sizes = {budget.candidate for budget in bundle.manifest.budgets}
+    dim, query = manifest.geometry.dim, manifest.largest.query
+    sizes = {budget.candidate for budget in manifest.budgets}
     chunks = {size: chunk_size(MEMORY_BYTES, QUERIES, query, size, dim) for size in sizes}
     return (*engines, scorer_engine(dim, query, QUERIES, chunks))
 
 
-def _check_kit_folder(bundle: Bundle, device: Device, output: Path | None, force: bool) -> Path:
-    """The kit's folder, by default beside the bundle; a UsageError where a kit cannot be written."""
-    own = Path(os.path.abspath(bundle.folder))
+def _check_kit_folder(bundle: Path, device: Device, output: Path | None, force: bool) -> Path:
+    """The kit's folder, by default beside the bundle's; a UsageError where a kit cannot be written."""
+    own = Path(os.path.abspath(bundle))
     kit = output or own.with_name(f"{own.name}-kit-{device.name}")
     if kit.resolve().is_relative_to(own.resolve()):
         raise UsageError(f"{kit} is the bundle, or lies in it; give the kit another folder with -o")

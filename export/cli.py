@@ -12,17 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from metaembed.runtime.budget import Budget, parse_budgets
 from metaembed.runtime.command import Parser, byte_bar, natural, progress, run_command
-from metaembed.runtime.devices import DEVICES, Device, find_device
+from metaembed.runtime.devices import DEVICES, Device
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.frozen import frozen_graphs
+from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.golden import SIDES
-from metaembed.runtime.manifest import DEFAULT_OPSET, LANGUAGE, OPSETS, SCORER, VISION, Limits, cpu_graph
+from metaembed.runtime.manifest import (
+    DEFAULT_OPSET,
+    LANGUAGE,
+    OPSETS,
+    SCORER,
+    VISION,
+    FileRecord,
+    Limits,
+    Manifest,
+    cpu_graph,
+)
 from metaembed.runtime.plan import make_plan
 from metaembed.runtime.plan_report import describe, describe_fits
 from metaembed.runtime.staging import check_output, scratch_folder
 
 from .cli_build import main as build
 from .preflight import check_opset, check_types
+from .route import find_targets
 
 if TYPE_CHECKING:
     from .models import ResolvedModel
@@ -76,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--quantize", choices=("int8", "fp8"), help="quantise the Linears, and fail unless the ranking survives")
     add("--data", metavar="DIR|FILE.jsonl|demo", help="calibration inputs for --quantize (docs/calibration.md)")
     add("--dry-run", action="store_true", help="check the request and print what it takes; write nothing")
-    add("--freeze", action="append", choices=SIDES, help="also a language graph with this side's budgets built in")
+    add("--freeze", action="append", choices=SIDES, help="also a language graph with this side's "
+        "budgets built in, for a runtime of your own: metaembed-build does not read it")  # fmt: skip
     either = parser.add_mutually_exclusive_group().add_argument
     either(
         "--parity", choices=("full", "quick"), help="inputs to judge on (default: full; quick from 1e9 parameters on)"
@@ -93,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = resolve_model(args.model, base=args.base, adapter=args.adapter)
     geometry = model.geometry
-    devices = list(dict.fromkeys(find_device(name) for name in args.target or ()))  # orin, agx-orin-64gb: one
+    devices = find_targets(args.target) if args.target else []
     for device in devices:
         check_types(device, args.precision, args.quantize)
         check_opset(device, args.opset, args.precision)
@@ -105,13 +118,15 @@ def run(args: argparse.Namespace) -> int:
     if args.random_weights is None and not args.dry_run:
         model.require_base()
     image_tokens = _check_images(model, limits, random=args.random_weights is not None)
+    if devices:
+        _check_targets(args, geometry, budgets, Limits(image_tokens, limits.text_tokens), output, devices)
     calibration = _read_calibration(args, limits)
     if args.dry_run:
         _check_files(model, random=args.random_weights is not None)
         plan = make_plan(model.name, geometry, budgets, CANDIDATES, max_image_tokens=image_tokens)
         found = "random weights" if args.random_weights is not None else model.base or "none were found"
         print(f"{_graphs(args, budgets)}\nweights: one set for all of them ({found})\n{describe(plan)}")
-        print(describe_fits(plan, devices or DEVICES))
+        print(describe_fits(plan, devices or DEVICES, args.precision, args.quantize))
         return 0
 
     from .bundle import ExportRequest, export_bundle  # torch, once the request is known to make sense
@@ -170,6 +185,32 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError(f"--quantize {args.quantize} needs --data: a folder of images, a JSONL file, or demo")
     if args.data and not args.quantize:
         raise UsageError("--data is what --quantize int8 or --quantize fp8 calibrates on; give one of them too")
+
+
+def _check_targets(
+    args: argparse.Namespace,
+    geometry: Geometry,
+    budgets: tuple[Budget, ...],
+    limits: Limits,
+    output: Path,
+    devices: Iterable[Device],
+) -> None:
+    """Refuse, as far as the request tells, what metaembed-build would refuse of the bundle."""
+    from .build import check_before_export
+
+    planned = Manifest(
+        model=args.model,
+        geometry=geometry,
+        budgets=budgets,
+        limits=limits,
+        precision=args.precision,
+        template={},
+        files=dict.fromkeys((VISION, LANGUAGE, SCORER), FileRecord(0, "0" * 64)),
+        quantization={"type": args.quantize} if args.quantize else None,
+        opset=args.opset,
+    )
+    for device in devices:
+        check_before_export(planned, output, device, force=args.force)
 
 
 def _check_images(model: ResolvedModel, limits: Limits, *, random: bool) -> int:

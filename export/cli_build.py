@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 def _chosen_budgets(texts: list[str] | None, bundle: Bundle) -> tuple[Budget, ...]:
     """The bundle's budgets, or those asked for; each must be among the bundle's."""
     own = bundle.manifest.budgets
-    if not texts or "all" in texts:
+    if not texts or any(text.strip().lower() == "all" for text in texts):
         return own
     chosen = parse_budgets(texts, bundle.manifest.largest.query, bundle.manifest.largest.candidate)
     for budget in chosen:

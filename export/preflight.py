@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from metaembed.runtime.devices import DEVICES, FIRST_CAPABILITY, FIRST_TENSORRT, Device
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.manifest import DEFAULT_OPSET, Bundle, Manifest
+from metaembed.runtime.manifest import DEFAULT_OPSET, LANGUAGE, VISION, Bundle, Manifest
 from metaembed.runtime.memory import GIB, available_memory
 
 from .memory import Estimate, estimate_build
@@ -34,13 +35,21 @@ USABLE = 0.9
 
 @dataclass(frozen=True)
 class Preflight:
-    """What will be built, with what, for what, and what it is expected to take. Made by ``check_target`` only."""
+    """What will be built, with what, for what, and what it is expected to take. Made by the checks below only."""
 
     device: Device
     flavour: str
     version: str | None
     engines: tuple[EngineSpec, ...]
     estimate: Estimate
+
+    @classmethod
+    def of(
+        cls, manifest: Manifest, device: Device, engines: tuple[EngineSpec, ...], flavour: str, version: str | None
+    ) -> Preflight:
+        """Not checked yet."""
+        estimate = estimate_build(manifest, engines, flavour, unified=device.integrated)
+        return cls(device, flavour, version, engines, estimate)
 
     def table(self) -> str:
         """For people: the target, a line for each engine and profile, and the expected memory."""
@@ -79,19 +88,46 @@ def check_target(
     Raises:
         UsageError: at least one reason why this cannot work, each with what to do instead.
     """
-    manifest = bundle.manifest
-    estimate = estimate_build(manifest, engines, flavour, unified=device.integrated)
-    problems = [
-        *_type_problems(manifest, device),
-        *_two_step_problems(manifest, device, flavour),
-        *_version_problems(device, flavour, version),
-        *_opset_problems(bundle, device, engines, flavour, version),
-        *_memory_problems(manifest, device, estimate, flavour, builds_here),
-        *(_disk_problems(bundle, estimate) if builds_here else ()),
-    ]
+    opsets = {engine.graph: read_opset(bundle.path(engine.graph)) for engine in engines}
+    preflight = Preflight.of(bundle.manifest, device, engines, flavour, version)
+    _refuse(
+        *_problems(preflight, bundle.manifest, opsets, builds_here),
+        *(_disk_problems(bundle.folder, preflight.estimate) if builds_here else ()),
+    )
+    return preflight
+
+
+def check_planned(
+    manifest: Manifest,
+    device: Device,
+    engines: tuple[EngineSpec, ...],
+    *,
+    flavour: str,
+    version: str | None,
+    builds_here: bool = True,
+) -> Preflight:
+    """``check_target`` before the export: of a bundle that will have this manifest, all but the disk, which it fills itself.
+
+    Raises:
+        UsageError: at least one reason why its engines could not be built, each with what to do instead.
+    """
+    preflight = Preflight.of(manifest, device, engines, flavour, version)
+    _refuse(*_problems(preflight, manifest, dict.fromkeys((LANGUAGE, VISION), manifest.opset), builds_here))
+    return preflight
+
+
+def _problems(preflight: Preflight, manifest: Manifest, opsets: Mapping[str, int], builds_here: bool) -> Iterator[str]:
+    device, flavour, version = preflight.device, preflight.flavour, preflight.version
+    yield from _type_problems(manifest, device)
+    yield from _two_step_problems(manifest, device, flavour)
+    yield from _version_problems(device, flavour, version)
+    yield from _opset_problems(manifest, opsets, device, flavour, version)
+    yield from _memory_problems(manifest, device, preflight.estimate, flavour, builds_here)
+
+
+def _refuse(*problems: str) -> None:
     if problems:
         raise UsageError("; ".join(problems))
-    return Preflight(device, flavour, version, engines, estimate)
 
 
 def check_types(device: Device, precision: str, quantization: str | None = None) -> None:
@@ -100,9 +136,7 @@ def check_types(device: Device, precision: str, quantization: str | None = None)
     Raises:
         UsageError: why, and what to use instead.
     """
-    problems = list(_missing_types(device, precision, quantization))
-    if problems:
-        raise UsageError("; ".join(problems))
+    _refuse(*_missing_types(device, precision, quantization))
 
 
 def check_opset(device: Device, opset: int, precision: str | None = None) -> None:
@@ -174,15 +208,14 @@ def _version_problems(device: Device, flavour: str, version: str | None) -> Iter
 
 
 def _opset_problems(
-    bundle: Bundle, device: Device, engines: tuple[EngineSpec, ...], flavour: str, version: str | None
+    manifest: Manifest, opsets: Mapping[str, int], device: Device, flavour: str, version: str | None
 ) -> Iterator[str]:
     version = version or (device.jetpacks[0].tensorrt if device.jetpacks else KIT_TENSORRT)
     most = RTX_OPSET if flavour == "tensorrt_rtx" else newest_opset(version)
     label = f"TensorRT {version}" if flavour == "tensorrt" else "TensorRT-RTX"
-    if flavour == "tensorrt_rtx" and _needs_float32_attention(bundle.manifest.opset, bundle.manifest.precision):
+    if flavour == "tensorrt_rtx" and _needs_float32_attention(manifest.opset, manifest.precision):
         yield FLOAT32_ATTENTION
-    for graph in sorted({engine.graph for engine in engines}):
-        opset = read_opset(bundle.path(graph))
+    for graph, opset in sorted(opsets.items()):
         if opset > most:
             yield f"{graph} uses opset {opset}, and the parser of {label} takes {most}; export with --opset {most}"
 
@@ -203,7 +236,7 @@ def _memory_problems(
     if estimate.serving > usable:
         yield (
             f"serving takes about {gib(estimate.serving)} and {device.title} has {gib(usable)}; "
-            f"{_savings(manifest, 'a smaller --max-batch')}"
+            f"{_savings(manifest, 'metaembed-build with a smaller --max-batch')}"
         )
         return
     on_device = flavour == "tensorrt"
@@ -219,14 +252,14 @@ def _memory_problems(
 def _savings(manifest: Manifest, last: str) -> str:
     options = ["export with --precision bf16 or fp16"] if manifest.precision == "fp32" else []
     options += [] if manifest.quantization else ["quantise to INT8 (metaembed-calibrate --quantize int8)"]
-    options += ["export with fewer --max-image-tokens", "use --layout separate with one --side", last]
+    options += ["export with fewer --max-image-tokens", "metaembed-build --layout separate with one --side", last]
     return f"options: {', '.join(options)}"
 
 
-def _disk_problems(bundle: Bundle, estimate: Estimate) -> Iterator[str]:
-    free = shutil.disk_usage(bundle.folder).free
+def _disk_problems(folder: Path, estimate: Estimate) -> Iterator[str]:
+    free = shutil.disk_usage(folder).free
     if estimate.plans > free:
-        yield f"the plans take about {gib(estimate.plans)} and {bundle.folder} has {gib(free)} free; free some space"
+        yield f"the plans take about {gib(estimate.plans)} and {folder} has {gib(free)} free; free some space"
 
 
 def version_key(version: str) -> tuple[int, ...]:

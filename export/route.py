@@ -87,7 +87,15 @@ def _nearest_row(gpu: Cuda) -> Device:
 
 
 def find_targets(names: list[str] | None) -> list[Device]:
-    """The devices that ``--target`` names, each once, or this machine's own when it was left out."""
+    """The devices that ``--target`` names, each once, or this machine's own when it was left out.
+
+    Raises:
+        UsageError: a device that the table does not have, or several in one word.
+    """
     if not names:
         return [device_here()]
+    for name in names:
+        if "," in name:
+            each = " ".join(f"--target {part.strip()}" for part in name.split(",") if part.strip())
+            raise UsageError(f"--target {name!r} is not one device; repeat --target: {each or '--target a100'}")
     return list(dict.fromkeys(find_device(name) for name in names))

@@ -95,9 +95,11 @@ def index_bytes(geometry: Geometry, candidate_vectors: int, candidates: int, kin
     return candidate_vectors * candidates * (geometry.dim * BYTES[kind] + scale)
 
 
-def weight_bytes(geometry: Geometry, precision: str) -> int:
-    """Bytes of the weights. int8 and fp8 quantise the Linears of blocks and layers; the rest stays bf16."""
-    return sum(_tensor_bytes(name, shape, precision) for name, shape in expected_tensors(geometry).items())
+def weight_bytes(geometry: Geometry, precision: str, quantization: str | None = None) -> int:
+    """Bytes of the weights. int8 and fp8 quantise the Linears of blocks and layers; the rest is in ``precision``, or bf16."""
+    return sum(
+        _tensor_bytes(name, shape, precision, quantization) for name, shape in expected_tensors(geometry).items()
+    )
 
 
 def weight_bytes_read(geometry: Geometry, precision: str, *, image: bool) -> int:
@@ -107,9 +109,11 @@ def weight_bytes_read(geometry: Geometry, precision: str, *, image: bool) -> int
     return sum(_tensor_bytes(name, shape, precision) for name, shape in tensors if not name.startswith(unread))
 
 
-def _tensor_bytes(name: str, shape: tuple[int, ...], precision: str) -> int:
+def _tensor_bytes(name: str, shape: tuple[int, ...], precision: str, quantization: str | None = None) -> int:
     in_layer = ".layers." in name or ".blocks." in name
-    return prod(shape) * (BYTES[precision] if in_layer and len(shape) == 2 else max(2, BYTES[precision]))
+    return prod(shape) * (
+        BYTES[quantization or precision] if in_layer and len(shape) == 2 else max(2, BYTES[precision])
+    )
 
 
 def activation_bytes(geometry: Geometry, positions: int, patches: int, precision: str = "bf16") -> int:

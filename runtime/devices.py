@@ -29,10 +29,10 @@ FIRST_CAPABILITY: dict[str, Capability] = {
 # What TensorRT-RTX builds of our graphs on a machine without a GPU (https://docs.nvidia.com/deeplearning/tensorrt-rtx/
 # latest/inference-library/cpu-engines.html; every one of these built, and 8.7, 9.0 and 11.0 refused, with 1.7.1).
 # It documents 7.5 too, but refuses our scorer's float32 products there: "FP32 GEMM is not supported".
-RTX_CAPABILITIES: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
+RTX_CAPABILITIES: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (12, 0))
 
 # The first TensorRT that knows a capability (release notes of 10.8 and 10.13); the others precede the 10.3 we need.
-FIRST_TENSORRT: dict[Capability, str] = {(11, 0): "10.13", (12, 0): "10.8", (12, 1): "10.8"}
+FIRST_TENSORRT: dict[Capability, str] = {(11, 0): "10.13", (12, 0): "10.8"}
 
 
 def supported_types(capability: Capability) -> frozenset[str]:
@@ -133,7 +133,7 @@ _THOR = "https://developer.nvidia.com/blog/introducing-nvidia-jetson-thor-the-ul
 # The first row of a family is what the bare family name means: "orin" is the AGX Orin 64 GB, "a100" the 80 GB card.
 # fmt: off
 DEVICES: tuple[Device, ...] = (
-    Device("t4", "NVIDIA T4", "t4", ("tesla-t4",), (7, 5), 16, 320,
+    Device("t4", "NVIDIA T4", "t4", (), (7, 5), 16, 320,
            {"fp32": 8.1, "fp16": 65, "int8": 130}, _SHEETS + "tesla-t4/"),
     Device("a100-80gb", "NVIDIA A100 80 GB SXM", "a100", ("a100",), (8, 0), 80, 2039, _A100, _SHEETS + "a100/"),
     Device("a100-40gb", "NVIDIA A100 40 GB", "a100", (), (8, 0), 40, 1555, _A100, _SHEETS + "a100/"),
@@ -156,33 +156,36 @@ DEVICES: tuple[Device, ...] = (
     Device("l4", "NVIDIA L4", "l4", (), (8, 9), 24, 300,
            {"fp32": 30.3, "bf16": 121, "fp16": 121, "int8": 242.5, "fp8": 242.5}, _SHEETS + "l4/"),
     # GeForce cards run tensor cores with fp32 accumulation at half rate; TensorRT accumulates in fp32 for bf16.
-    Device("rtx4090", "GeForce RTX 4090", "rtx4090", ("4090", "geforce-rtx-4090"), (8, 9), 24, 1008,
+    Device("rtx4090", "GeForce RTX 4090", "rtx4090", ("4090",), (8, 9), 24, 1008,
            {"fp32": 82.6, "bf16": 165.2, "fp16": 165.2, "int8": 660.6, "fp8": 330.3}, _ADA),
-    Device("h100", "NVIDIA H100 SXM 80 GB", "h100", ("h100-80gb", "h100-sxm"), (9, 0), 80, 3350, _HOPPER,
+    Device("l40s", "NVIDIA L40S", "l40s", (), (8, 9), 48, 864,
+           {"fp32": 91.6, "bf16": 362.05, "fp16": 362.05, "int8": 733, "fp8": 733}, _SHEETS + "l40s/"),
+    Device("h100", "NVIDIA H100 SXM 80 GB", "h100", ("h100-80gb",), (9, 0), 80, 3350, _HOPPER,
            _SHEETS + "h100/"),
-    Device("h200", "NVIDIA H200 SXM 141 GB", "h200", ("h200-141gb", "h200-sxm"), (9, 0), 141, 4800, _HOPPER,
+    Device("h200", "NVIDIA H200 SXM 141 GB", "h200", ("h200-141gb",), (9, 0), 141, 4800, _HOPPER,
            _SHEETS + "h200/"),
     # CUDA 12.8 called the same chip 10.1; an engine records what its own builder reported.
     Device("thor", "Jetson Thor T5000 128 GB", "thor", ("thor-t5000", "agx-thor", "t5000", "thor-128gb"),
            (11, 0), 128, 273, {"fp32": 8.06, "bf16": 258.5, "fp16": 258.5, "int8": 517, "fp8": 517}, _THOR,
            integrated=True),
-    Device("rtx5090", "GeForce RTX 5090", "rtx5090", ("5090", "geforce-rtx-5090"), (12, 0), 32, 1792,
+    Device("rtx5090", "GeForce RTX 5090", "rtx5090", ("5090",), (12, 0), 32, 1792,
            {"fp32": 104.8, "bf16": 209.5, "fp16": 209.5, "int8": 838, "fp8": 419}, _BLACKWELL),
 )
 # fmt: on
 
 _BY_NAME = {name: device for device in DEVICES for name in (device.name, *device.aliases)}
+# What a name may hold besides, as in nvidia-smi's "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "Tesla T4".
+_BESIDES = re.compile(r"nvidia|jetson|geforce|tesla|sxm\d?|pcie|hbm\d?e?")
 
 
 def find_device(name: str) -> Device:
-    """The row for a name or alias in any spelling ("A100", "AGX Orin 64GB", "rtx_4090").
+    """The row for a name or alias in any spelling ("A100", "AGX Orin 64GB", "rtx_4090"), nvidia-smi's included.
 
     Raises:
         UsageError: no row has that name; the sentence lists the known ones, the nearest first.
     """
-    key = re.sub(r"[\s_-]+", "-", name.strip().lower())
-    key = re.sub(r"^(?:nvidia|jetson)-(?:jetson-)?", "", key).replace("rtx-", "rtx").replace("geforce-", "")
-    key = re.sub(r"(\d)-gb$", r"\1gb", key)
+    words = [word for word in re.split(r"[\s_-]+", name.strip().lower()) if not _BESIDES.fullmatch(word)]
+    key = re.sub(r"(\d)-gb$", r"\1gb", "-".join(words).replace("rtx-", "rtx"))
     if key in _BY_NAME:
         return _BY_NAME[key]
     known = [device.name for device in DEVICES]

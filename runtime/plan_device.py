@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cost import index_bytes, weight_bytes_read
+from .cost import BYTES, index_bytes, weight_bytes, weight_bytes_read
 from .devices import Device
 from .memory import GIB
 from .plan import Plan
@@ -17,9 +17,10 @@ BUILD_FACTORS = (1.6, 4.0)
 
 @dataclass(frozen=True)
 class DeviceFit:
-    """The widest precision whose weights and activation fit, what is left, and how many candidates fill that.
+    """The widest precision, or the one asked for, whose weights and activation fit; what is left, and how many candidates
+    fill that.
 
-    Without such a precision it is None, and ``left_bytes``, below zero, is what the smallest lacks.
+    Without such a precision it is None, and ``left_bytes``, below zero but for want of hardware, is what the smallest lacks.
     """
 
     device: str
@@ -38,11 +39,21 @@ class LowerBound:
     bound_by: str
 
 
-def fit_device(plan: Plan, device: Device) -> DeviceFit:
-    """Which precision a device can hold, and how many candidates' bf16 vectors fit beside the model, per budget."""
+def fit_device(plan: Plan, device: Device, precision: str | None = None, quantization: str | None = None) -> DeviceFit:
+    """Which precision a device can hold, and how many candidates' bf16 vectors fit beside the model, per budget.
+
+    With ``precision`` only that one is tried, its Linears quantised where ``quantization`` says so.
+    """
     usable = int(USABLE * device.memory_gib * GIB) - plan.activation_bytes
-    left = {kind: usable - plan.weight_bytes[kind] for kind in WIDEST_FIRST if kind in device.types}
-    best = next((kind for kind, rest in left.items() if rest >= 0), None)
+    able = True
+    if precision is None:
+        left = {kind: usable - plan.weight_bytes[kind] for kind in WIDEST_FIRST if kind in device.types}
+    else:
+        able = {precision, quantization or precision} <= device.types
+        wider = (max(2, BYTES[precision]) - 2) * plan.activation_bytes // 2  # the plan's is in 16 bits
+        name = f"{quantization} over {precision}" if quantization else precision
+        left = {name: usable - wider - weight_bytes(plan.geometry, precision, quantization)}
+    best = next((kind for kind, rest in left.items() if able and rest >= 0), None)
     if best is None:
         return DeviceFit(device.name, device.memory_gib, None, max(left.values()), {})
     one = {str(cost.budget): index_bytes(plan.geometry, cost.budget.candidate, 1) for cost in plan.budgets}

@@ -44,13 +44,16 @@ def _padding(plan: Plan) -> str:
     return table(("image", "pixels", "tokens", "window padding"), rows)
 
 
-def describe_fits(plan: Plan, devices: Iterable[Device]) -> str:
-    """One row per device: the widest precision that fits, and the candidates that fit beside the model."""
+def describe_fits(
+    plan: Plan, devices: Iterable[Device], precision: str | None = None, quantization: str | None = None
+) -> str:
+    """One row per device: the widest precision that fits, or whether the given one does, and the candidates beside it."""
     names = [str(cost.budget) for cost in plan.budgets]
     rows = []
     for device in devices:
-        fit = fit_device(plan, device)
-        what = fit.precision or f"lacks {gib(-fit.left_bytes)} GiB"
+        missing = next((kind for kind in (precision, quantization) if kind and kind not in device.types), None)
+        fit = fit_device(plan, device, precision, quantization)
+        what = f"no {missing}" if missing else fit.precision or f"lacks {gib(-fit.left_bytes)} GiB"
         rows.append((fit.device, str(fit.memory_gib), what, *(count(fit.candidates.get(name)) for name in names)))
     title = "candidates that fit beside the model, bf16 vectors, per budget:"
     return f"{title}\n{table(('device', 'GiB', 'fits as', *names), rows)}"

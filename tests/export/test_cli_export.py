@@ -15,9 +15,13 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
+from metaembed.export import build as build_module
 from metaembed.export import bundle as bundle_module
 from metaembed.export.cli import main
+from metaembed.export.memory import count_weights
 from metaembed.runtime.errors import ParityError
+from metaembed.runtime.known_models import KNOWN
+from metaembed.runtime.memory import GIB
 
 
 @pytest.fixture
@@ -91,6 +95,136 @@ def test_fp8_for_a_device_without_it_is_refused_before_anything_else_is_looked_a
 ):
     """Neither a budget nor data is given: nothing was read."""
     assert "no fp8 hardware" in refused(2, "--model", "demo", "--quantize", "fp8", "--target", target)
+
+
+@pytest.fixture
+def equipped(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with TensorRT-RTX and memory, without a GPU."""
+    monkeypatch.setattr(build_module, "find_gpu", lambda: None)
+    monkeypatch.setattr(build_module, "installed_versions", lambda: {"tensorrt_rtx": "1.7.1"})
+    monkeypatch.setattr("metaembed.export.preflight.available_memory", lambda swap: 999 * GIB)
+    return monkeypatch
+
+
+@pytest.fixture
+def builder(equipped: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The same, where nothing is exported."""
+    equipped.setattr(bundle_module, "export_bundle", lambda *_, **__: pytest.fail("it was exported"))
+    return equipped
+
+
+DRY = pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["export", "dry-run"])
+
+
+@DRY
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (
+            ("--model", "demo", "--target", "orin-nano"),
+            "serving takes about 14.4 GiB and Jetson Orin Nano 8 GB has 7.2 GiB",
+        ),
+        (("--model", "demo", "--target", "a100", "--target", "orin-nano"), "Jetson Orin Nano 8 GB has 7.2 GiB"),
+        (("--model", "7b", "--target", "orin-nano", "--precision", "bf16"), "Jetson Orin Nano 8 GB has 7.2 GiB"),
+        (("--model", "7b", "--target", "l4"), "NVIDIA L4 has 24.0 GiB"),
+        (("--model", "32b", "--target", "orin", "--precision", "bf16"), "Jetson AGX Orin 64 GB has 57.6 GiB"),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_target_that_cannot_hold_the_model_is_refused_before_the_export(
+    refused: Callable[..., str], builder: pytest.MonkeyPatch, dry: tuple[str, ...], argv: tuple[str, ...], words: str
+):
+    """The sentence that metaembed-build has for the exported bundle."""
+    assert words in refused(2, "--budget", "8,16", "--random-weights", "0", *argv, *dry)
+
+
+@DRY
+def test_a_target_whose_build_does_not_fit_here_is_refused_before_the_export(
+    refused: Callable[..., str], builder: pytest.MonkeyPatch, dry: tuple[str, ...]
+):
+    builder.setattr("metaembed.export.preflight.available_memory", lambda swap: 9 * GIB)
+    command = ("--model", "3b", "--random-weights", "0", "--precision", "bf16", "--target", "l4", "--budget", "8,16")
+    assert "this machine has 9.0 GiB free" in refused(2, *command, *dry)
+
+
+@DRY
+def test_a_builder_that_is_missing_is_known_before_the_export(
+    refused: Callable[..., str], builder: pytest.MonkeyPatch, dry: tuple[str, ...]
+):
+    builder.setattr(build_module, "installed_versions", dict)
+    sentence = refused(2, "--model", "demo", "--budget", "8,16", "--target", "a100", *dry)
+    assert "tensorrt_rtx is not installed" in sentence
+
+
+@DRY
+@pytest.mark.parametrize("force", [(), ("-f",)], ids=["plain", "force"])
+@pytest.mark.parametrize("kind", ["stranger", "kit"])
+def test_a_taken_kit_folder_is_known_before_the_export(
+    output: Path,
+    builder: pytest.MonkeyPatch,
+    demo_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    dry: tuple[str, ...],
+    force: tuple[str, ...],
+    kind: str,
+):
+    kit = output.with_name("out-kit-agx-orin-64gb")
+    kit.mkdir()
+    (kit / "bundle.json").write_text("{}" if kind == "stranger" else (demo_bundle / "bundle.json").read_text())
+    command = ["--model", "demo", "--budget", "8,16", "--target", "orin", "-o", str(output), "--quiet", *dry, *force]
+    if kind == "kit" and force:  # it may be replaced
+        command += () if dry else ("--dry-run",)
+        assert main(command) == 0
+        return
+    assert main(command) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert str(kit) in told.err
+    assert [path.name for path in output.parent.iterdir()] == [kit.name]
+
+
+def test_several_targets_in_one_word_are_told_apart(refused: Callable[..., str]):
+    sentence = refused(2, "--model", "demo", "--budget", "8,16", "--target", "A100,l4")
+    assert "repeat --target: --target A100 --target l4" in sentence
+
+
+@pytest.mark.parametrize(
+    ("argv", "stored", "matrix", "other"),
+    [
+        (("--target", "h200"), "fp32", 4, 4),
+        (("--target", "h200", "--precision", "bf16"), "bf16", 2, 2),
+        (("--target", "h200", "--precision", "bf16", "--quantize", "int8", "--data", "demo"), "int8 over bf16", 1, 2),
+        (("--target", "h200", "--quantize", "int8", "--data", "demo"), "int8 over fp32", 1, 4),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_a_dry_run_sizes_the_index_beside_the_type_that_is_asked_for(
+    output: Path,
+    builder: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argv: tuple[str, ...],
+    stored: str,
+    matrix: int,
+    other: int,
+):
+    """By hand: nine tenths of 141 GiB, less the weights, hold so many candidates of 16 x 3584 in bf16; activation is 0.5 %."""
+    assert main(["--model", "7b", "--budget", "8,16", "--dry-run", "-o", str(output), *argv]) == 0
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert " ".join(last[2:-1]) == stored
+    counts = count_weights(KNOWN["7b"].geometry).values()
+    weights = sum(matrix * part.matrices + other * part.others for part in counts)
+    expected = (0.9 * 141 * GIB - weights) / (16 * 3584 * 2)
+    assert int(last[-1].replace(",", "")) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_dry_run_names_the_devices_without_hardware_for_the_type(output: Path, capsys: pytest.CaptureFixture[str]):
+    """A T4 has no bf16, an A100 no FP8 (TensorRT's support matrix)."""
+    command = ["--model", "7b", "--budget", "8,16", "--dry-run", "-o", str(output)]
+    assert main([*command, "--precision", "bf16", "--quantize", "fp8", "--data", "demo"]) == 0
+    rows = {line.split()[0]: line.split()[2:] for line in capsys.readouterr().out.splitlines() if line[:1].isalnum()}
+    assert rows["t4"] == ["no", "bf16", "-"]
+    assert rows["a100-80gb"] == ["no", "fp8", "-"]
+    assert rows["l4"][:3] == ["fp8", "over", "bf16"]
 
 
 @pytest.mark.parametrize(
@@ -276,6 +410,7 @@ def test_a_bundle_is_no_model_to_export(refused: Callable[..., str], tmp_path: P
     assert "it is a bundle" in refused(2, "--model", tmp_path / "bundle", "--budget", "8,16")
 
 
+@pytest.mark.usefixtures("equipped")
 def test_a_device_named_twice_is_one_target(output: Path, cheap: pytest.MonkeyPatch):
     """runtime/devices.py: orin is another name of agx-orin-64gb."""
     heard: list[str] = []
@@ -403,6 +538,7 @@ def test_tokenizer_and_image_limit_are_judged_before_weights_are_opened_or_made(
 
 
 @pytest.mark.parametrize("flags", [[], ["--force", "--quiet", "--verbose"]], ids=["none", "all"])
+@pytest.mark.usefixtures("equipped")
 def test_the_build_hears_the_flags_that_it_shares(output: Path, cheap: pytest.MonkeyPatch, flags: list[str]):
     heard: list[str] = []
     cheap.setattr("metaembed.export.cli.build", lambda argv: heard.extend(argv) or 0)

@@ -92,6 +92,13 @@ def test_a_folder_that_a_kit_cannot_have_is_refused_by_a_dry_run_too(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("budget", ["all", "ALL", " all"])
+def test_all_budgets_may_be_spelled_as_for_the_export(demo_bundle, tmp_path, capsys, budget):
+    bundle = copy_of(demo_bundle, tmp_path / "bundle")
+    assert build_command([str(bundle), "--target", "orin", "--dry-run", "--budget", budget]) == 0
+    assert "can be built for agx-orin-64gb" in capsys.readouterr().out
+
+
 def test_a_kit_made_from_inside_the_bundle_lies_beside_it(demo_bundle, tmp_path, monkeypatch):
     bundle = copy_of(demo_bundle, tmp_path / "bundle")
     monkeypatch.chdir(bundle / "weights")

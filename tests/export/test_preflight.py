@@ -48,7 +48,7 @@ def test_fp8_is_refused_below_8_9_with_what_to_use_instead(bundle, target):
     changes = {"quantization": {"type": "fp8"}, "precision": "fp16"}
     sentence = refusal(bundle, target, changes=changes, flavour="tensorrt", version=None, builds_here=False)
     assert "has no fp8 hardware" in sentence
-    assert "fp8 starts at 8.9: l4, rtx4090, h100" in sentence
+    assert "fp8 starts at 8.9: l4, rtx4090, l40s, h100" in sentence
     assert "int8" in sentence
     with pytest.raises(UsageError, match="no fp8 hardware"):
         check_types(find_device(target), "fp16", "fp8")

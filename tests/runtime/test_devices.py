@@ -28,6 +28,7 @@ UNITS = {
     "orin-nano-4gb": (4, 0.625, 256, 2048),
     "l4": (58, 2.04, 256, 1024),
     "rtx4090": (128, 2.52, 256, 512),
+    "l40s": (142, 2.52, 256, 1024),
     "h100": (132, 1.83, 256, 4096),
     "h200": (132, 1.83, 256, 4096),
     "thor": (20, 1.575, 256, 8192),
@@ -93,10 +94,43 @@ def test_types_follow_the_vendors_support_matrix(capability, bf16, fp8):
         ("rtx-5090", "rtx5090"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
         ("NVIDIA H100", "h100"),
+        ("tesla-t4", "t4"),
+        ("h200-sxm", "h200"),
+        ("NVIDIA L40S", "l40s"),
     ],
 )
 def test_people_may_spell_a_device_as_they_know_it(spelling, name):
     assert find_device(spelling).name == name
+
+
+@pytest.mark.parametrize(
+    ("printed", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA A10", "a10"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"),
+    ],
+)
+def test_what_nvidia_smi_prints_is_a_name(printed, name):
+    """nvidia-smi -L on these cards."""
+    assert find_device(printed).name == name
+
+
+@pytest.mark.parametrize(
+    "other", ["NVIDIA A100-SXM-64GB", "NVIDIA A10G", "NVIDIA H100 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA"]
+)
+def test_a_card_that_the_table_lacks_is_not_taken_for_a_similar_one(other):
+    with pytest.raises(UsageError, match="there is no device"):
+        find_device(other)
 
 
 @pytest.mark.parametrize("wrong", ["", "orin-nanoo", "rtx", "a1000", "b200", "-", "é"])
@@ -132,7 +166,7 @@ def test_targets_without_an_ahead_of_time_builder_are_turing_orin_hopper_and_tho
 
 
 def test_devices_of_a_capability():
-    assert [device.name for device in devices_of((8, 9))] == ["l4", "rtx4090"]
+    assert [device.name for device in devices_of((8, 9))] == ["l4", "rtx4090", "l40s"]
     assert devices_of((6, 1)) == ()
 
 

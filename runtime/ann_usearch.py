@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 from usearch.index import Index as UsearchIndex
 
 from .errors import MetaEmbedError
+from .index_ann import LEAST_WALK
 from .maxsim import Floats
 
 Keys = NDArray[np.uint64]
-# Candidates that a walk keeps at least. Queries lie apart from what they look for (texts, pages): of the demo's nearest 100 of
-# 100,000 a walk with 128 found 0.75, and one with 500 0.92 of the nearest 500.
-EXPANSION_SEARCH = 512
 
 
 def write_graph(
@@ -51,7 +49,7 @@ class Graph:
     def __init__(self, mapped: mmap, dims: int) -> None:
         self._turn = threading.Lock()
         # Without key lookups: a table of all keys in memory, of which nothing here makes use.
-        self._graph = _empty(dims, expansion_search=EXPANSION_SEARCH, enable_key_lookups=False)
+        self._graph = _empty(dims, expansion_search=LEAST_WALK, enable_key_lookups=False)
         self._mapped = mapped  # usearch points into it, so it goes last
         with _sentences("usearch refuses the HNSW graph"):
             self._graph.view(memoryview(mapped))

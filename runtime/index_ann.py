@@ -38,9 +38,12 @@ KEY = "ann"  # in the catalogue's `about`
 SUFFIX = ".usearch"
 PIECE = 1024  # items read and added at a time
 ROW_BITS = 32  # of a key; a segment's number has the others
-# A walk for more than this share of the items takes longer than scanning them, where they are in memory: 300 of 100,000 took as
-# long at 128 dims, 1,000 twice as long.
-WORTH_WALKING = 0.003
+# Candidates that a walk keeps at least. Queries lie apart from what they look for (texts, pages): of the demo's nearest 100 of
+# 100,000 a walk with 128 found 0.75, and one with 500 0.92 of the nearest 500.
+LEAST_WALK = 512
+# A walk for more than this share of the items takes longer than scanning them, where they are in memory: at 128 dims it took
+# some 11 us for each of them, a scan 21 ns for each item (150,000 items, docs/measurements.md), and walks grow with the graph.
+WORTH_WALKING = 0.001
 OUTSIDE = 0.5  # a graph that lacks more than this share of the items is of little use, which is worth a warning
 
 
@@ -106,7 +109,7 @@ class AnnStage:
                         _rebuild(self._folder))  # fmt: skip
             self._told = snapshot
         wanted = keep * record.items // max(held, 1)  # the graph also finds what is gone
-        while wanted <= self.worth_walking * record.items:
+        while min(max(wanted, LEAST_WALK), record.items) <= self.worth_walking * record.items:
             found = _positions(snapshot, graph.search(query, wanted))
             if len(found) >= min(keep, held):
                 segments = set(record.segments)

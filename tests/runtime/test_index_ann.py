@@ -101,8 +101,9 @@ def filled(made, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _small_graphs_are_walked(monkeypatch):
-    """A share of 0.003 would be 9 of these items."""
+    """By the defaults no graph of so few items would be walked."""
     monkeypatch.setattr(index_ann, "WORTH_WALKING", 0.01)
+    monkeypatch.setattr(index_ann, "LEAST_WALK", 1)
 
 
 @pytest.fixture

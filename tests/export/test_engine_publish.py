@@ -88,7 +88,7 @@ def test_a_builder_ends_with_the_process_that_ordered_it(tmp_path):
     child += "end_with_parent(); print(1, flush=True); time.sleep(99)"
     parent = (
         "import os, subprocess, sys\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)\n"
         "child.stdout.readline()\nprint(child.pid, flush=True)\nos.kill(os.getpid(), 9)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(engine.__file__).parents[2])}

@@ -62,28 +62,20 @@ def _measure(args: argparse.Namespace) -> Iterator[tuple[str, dict, str]]:
         if "memory" in args.only:
             r = scoring.measure_memory(dim)
             yield "scoring_memory", r, f"memory beside the index, D={dim}: {r['mib_per_thread']:.1f} MiB a thread"
-    if "cascade" in args.only:
-        for r in scoring_index.measure_cascades(
-            args.bundle, args.scenes, int(100_000 * args.scale), args.folder, args.rounds
-        ):
+    for kind, measure, items in (
+        ("cascade", scoring_index.measure_cascades, 100_000),
+        ("approximate", scoring_index.measure_approximate, 500_000),
+    ):
+        if kind not in args.only:
+            continue
+        for r in measure(args.bundle, args.scenes, int(items * args.scale), args.folder, args.rounds):
+            built = f"; the graph was built in {r['build_s']:.0f} s" if "build_s" in r else ""
             yield (
-                "cascade",
+                kind,
                 r,
                 (
                     f"cascade {r['cascade']} over {r['items']:,} {r['source']}: {r['median_ms']:.1f} ms, full scan "
-                    f"{r['full_ms']:.1f} ms ({r['times_full']:.1f}x), recall@10 {r['recall_at_10']:.3f}"
-                ),
-            )
-    if "approximate" in args.only:
-        for r in scoring_index.measure_approximate(
-            args.bundle, args.scenes, int(500_000 * args.scale), args.folder, args.rounds
-        ):
-            yield (
-                "approximate",
-                r,
-                (
-                    f"{r['cascade']} over {r['items']:,} {r['source']}: {r['median_ms']:.1f} ms, full scan {r['full_ms']:.1f} ms, "
-                    f"recall@10 {r['recall_at_10']:.3f}; the graph was built in {r['build_s']:.0f} s"
+                    f"{r['full_ms']:.1f} ms ({r['times_full']:.1f}x), recall@10 {r['recall_at_10']:.3f}{built}"
                 ),
             )
     if "opening" in args.only:

@@ -139,8 +139,8 @@ def _search_index(args: argparse.Namespace) -> tuple[list[Hit], str]:
             most = max((stage.budget.query for stage in stages), default=None)
             query = encoder.encode_queries([args.text], images=[args.image], budget=most)[0]
             description = encoder.description
-        default = default_cascade(len(index), Budget(len(query), index.layout.vectors), args.k)
-        hits = index.search(query, args.k, cascade=stages or default, where=args.where, approximate=args.approximate)
-        note = f"{len(index)} items, {'' if stages else 'default '}cascade {' '.join(map(str, stages or default))}"
+        cascade = stages or default_cascade(len(index), Budget(len(query), index.layout.vectors), args.k)
+        hits = index.search(query, args.k, cascade=cascade, where=args.where, approximate=args.approximate)
+        note = f"{len(index)} items, {'' if stages else 'default '}cascade {' '.join(map(str, cascade))}"
         note += ", approximate first stage" if args.approximate else ""
     return hits, f"{note}, {description}"

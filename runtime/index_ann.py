@@ -9,7 +9,6 @@ used twice, so a key leads to the vector that was indexed or, deleted or compact
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import mmap
@@ -26,8 +25,10 @@ import numpy as np
 from .errors import BundleError, MetaEmbedError, UsageError
 from .index_catalogue import Catalogue, SegmentRow
 from .index_layout import Layout
-from .index_segment import Rows, Segment, sync_folder
+from .index_segment import Rows, Segment, map_randomly
+from .manifest import FileRecord, sha256_of
 from .maxsim import Floats, as_float32
+from .staged_file import sync
 
 if TYPE_CHECKING:
     from .ann_usearch import Graph, Keys
@@ -164,18 +165,11 @@ def map_graph(folder: Path, record: AnnRecord) -> mmap.mmap:
     path = folder / record.name
     try:
         with open(path, "rb") as file:
-            size, digest = os.fstat(file.fileno()).st_size, hashlib.sha256()
-            if size == record.size:
-                while piece := file.read(1 << 20):
-                    digest.update(piece)
-            if digest.hexdigest() != record.sha256:
+            if os.fstat(file.fileno()).st_size != record.size or sha256_of(file) != record.sha256:
                 raise BundleError(f"{path} is damaged, or not this index's; {_rebuild(folder)}")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return map_randomly(file)
     except FileNotFoundError:
         raise BundleError(f"{path} is missing; {_rebuild(folder)}") from None
-    if hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)
-    return mapped
 
 
 def write_ann(
@@ -203,14 +197,14 @@ def write_ann(
             partial, layout.dims, _pieces(folder, layout, living, track),
             connectivity=connectivity, expansion_add=expansion_add,
         )  # fmt: skip
-        size, sha256 = _settle(partial)
+        file = _settle(partial)
         partial.rename(path)
-        sync_folder(folder)
+        sync(folder)
     except BaseException:
         partial.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise
-    return AnnRecord(path.name, size, sha256, items, tuple(row.number for row in living))
+    return AnnRecord(path.name, file.bytes, file.sha256, items, tuple(row.number for row in living))
 
 
 def _pieces(
@@ -241,14 +235,10 @@ def _positions(snapshot: Snapshot, keys: Keys) -> Rows:
     return np.concatenate(found)
 
 
-def _settle(path: Path) -> tuple[int, str]:
+def _settle(path: Path) -> FileRecord:
     """Make a file durable; its size and SHA-256."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-        return file.tell(), digest.hexdigest()
+    sync(path)
+    return FileRecord.of(path)
 
 
 def _parse(folder: Path, text: str) -> AnnRecord:

@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from .errors import BundleError
 from .index_layout import Layout, cut
 from .int8 import Int8Vectors, quantize_int8
 from .maxsim import Vectors
+from .staged_file import sync
 
 # Yields one group of a segment's items, in order and in pieces that fit in memory.
 Source = Callable[[int], Iterator[Vectors]]
@@ -40,7 +41,7 @@ def write_segment(path: Path, layout: Layout, items: int, source: Source) -> int
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
@@ -85,30 +86,27 @@ def item_crc(codes: NDArray[np.uint8], scales: NDArray[np.float32] | None, item:
     return crc if scales is None else zlib.crc32(scales[item].data, crc)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def map_randomly(file: BinaryIO) -> mmap.mmap:
+    """A whole open file, to read, without read-ahead, which fetches what comes next in it: other groups.
+
+    8 MiB at every jump, where measured; a scan of 16 MiB read 48.
+    """
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return mapped
 
 
 def _map_file(path: Path) -> mmap.mmap:
     try:
         with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return map_randomly(file)
     except FileNotFoundError:
         raise BundleError(f"{path} is missing; restore it, or index its items again") from None
     except PermissionError:
         raise BundleError(f"{path} may not be read by this user") from None
     except ValueError:
         raise BundleError(f"{path} is empty; restore it, or index its items again") from None
-    # Without read-ahead, which fetches what comes next in the file: other groups. (8 MiB at every jump, where measured;
-    # a scan of 16 MiB read 48.)
-    if hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)
-    return mapped
 
 
 class Segment:

@@ -47,7 +47,7 @@ class FileRecord:
     def of(cls, path: Path, stopped: threading.Event | None = None) -> FileRecord:
         """Read a file. A RuntimeError when ``stopped`` is set before its end."""
         with path.open("rb") as file:
-            return cls(path.stat().st_size, _sha256(file, stopped))
+            return cls(path.stat().st_size, sha256_of(file, stopped))
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,8 @@ def find_changed(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
         return [name for name, record in zip(files, found, strict=True) if record != files[name]]
 
 
-def _sha256(file: BinaryIO, stopped: threading.Event | None = None) -> str:
+def sha256_of(file: BinaryIO, stopped: threading.Event | None = None) -> str:
+    """SHA-256 of an open file, in hexadecimal. A RuntimeError when ``stopped`` is set before its end."""
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     while block := file.read(1 << 22):
         if stopped is not None and stopped.is_set():

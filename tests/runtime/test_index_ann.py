@@ -234,6 +234,17 @@ def test_a_partly_compacted_index_loses_nothing(filled, query):
         assert recall(index, items, clustered(2, 10)) >= 0.97
 
 
+@pytest.mark.parametrize(("share", "walked"), [(0.9, False), (1, True)])
+def test_a_walk_counts_as_the_least_that_one_takes(filled, query, share, walked, monkeypatch):
+    """A walk keeps 512 candidates however few are asked for: more than 0.9 of these items, and never more than all."""
+    folder, _ = filled
+    monkeypatch.setattr(index_ann, "LEAST_WALK", N)
+    with Index.open(folder) as index:
+        index.ann.worth_walking = share
+        index.search(query, K, cascade=ONE, approximate=True)
+        assert (scored(index) <= 2 * K) == walked
+
+
 def test_a_graph_of_mostly_dead_items_is_not_walked(filled, query):
     folder, items = filled
     gone = ids_of(ranked(items, query, 1, k=N - 100))
@@ -316,8 +327,8 @@ def test_a_graph_that_usearch_refuses_is_one_sentence(filled, query):
     folder, _ = filled
     graphs(folder)[0].write_bytes(b"another format, of which nothing is known here" * 9)
     with Index.open(folder).writer() as writer:
-        size, sha256 = index_ann._settle(graphs(folder)[0])
-        record = index_ann.AnnRecord(graphs(folder)[0].name, size, sha256, N, (1, 2, 3))
+        file = index_ann._settle(graphs(folder)[0])
+        record = index_ann.AnnRecord(graphs(folder)[0].name, file.bytes, file.sha256, N, (1, 2, 3))
         with writer._catalogue.writing():
             writer._catalogue.set_about(index_ann.KEY, record.to_json())
     with Index.open(folder) as index, pytest.raises(BundleError, match="usearch refuses.*metaembed-index ann"):
@@ -453,13 +464,14 @@ def test_a_build_that_is_killed_leaves_the_graph_that_was_there(filled, how):
             assert graphs(folder) == before
 
 
-@pytest.mark.parametrize("moment", ["write_graph", "_settle", "sync_folder"])
+@pytest.mark.parametrize("moment", ["write_graph", "_settle", "sync"])
 def test_a_build_that_fails_at_any_moment_leaves_the_graph_that_was_there(filled, moment, monkeypatch):
     folder, items = filled
     before = graphs(folder)
 
-    def fail(*args, **options):
-        raise OSError("no space")
+    def fail(path, *args, **options):
+        if moment != "sync" or path == folder:  # the folder's, after the file has its name
+            raise OSError("no space")
 
     monkeypatch.setattr(ann_usearch if moment == "write_graph" else index_ann, moment, fail)
     with pytest.raises(OSError, match="no space"):

@@ -131,12 +131,11 @@ def _is_rounded(value: ir.Value | None) -> bool:
 def plan_int8_weights(geometry: Geometry) -> dict[str, Any]:
     """Weight bytes of an INT8 bundle made from a bf16 one, everything quantised that may be, against that bundle's."""
     sizes = {name: (prod(shape), shape) for name, shape in expected_tensors(geometry).items()}
-    tables = {META_TABLE, TOKEN_TABLE}
-    linears = {
-        name: size for name, size in sizes.items() if len(size[1]) == 2 and name not in tables and HEAD not in name
+    matrices = {
+        name: size for name, size in sizes.items() if len(size[1]) == 2 and name != META_TABLE and HEAD not in name
     }
-    codes = sum(count for count, _ in linears.values())
-    scales = sum(shape[0] for _, shape in linears.values())
+    codes = sum(count for count, _ in matrices.values())
+    scales = sum(shape[0] for _, shape in matrices.values())
     everything = sum(count for count, _ in sizes.values())
     before, after = 2 * everything, codes + 2 * scales + 2 * (everything - codes)
     return {

@@ -101,7 +101,6 @@ def _measure(bundle: Bundle, preflight: Preflight, spec: EngineSpec, work: Path 
         log.touch()
         found = build_engine(bundle, preflight, spec, folder, log)
         seconds, after = time.perf_counter() - start, os.times()
-    kind = (bundle.manifest.quantization or {}).get("type")
     weights = count_weights(bundle.manifest.geometry).get(Path(spec.graph).stem)
     estimate = estimate_build(bundle.manifest, (spec,), FLAVOUR)
     return Cost(
@@ -114,7 +113,7 @@ def _measure(bundle: Bundle, preflight: Preflight, spec: EngineSpec, work: Path 
         ),
         peak_memory_bytes=found.peak_memory,
         activation_bytes=found.activations,
-        weight_bytes=weights.bytes(bundle.manifest.precision, kind) if weights else 0,
+        weight_bytes=weights.bytes(bundle.manifest.precision, bundle.manifest.quantization) if weights else 0,
         estimated_bytes=estimate.plans,
         estimated_peak_bytes=estimate.build_peak,
     )

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from .formats import Format
+from .formats import FORMATS, Format
 from .linears import Group, Linear, read_tensor
 from .smoothing import Changes, smooth
 
@@ -43,6 +43,16 @@ class Weights:
             scale = self.form.weight_scale(values, kind)
             self._keep(name + CODES, self.form.quantise(values, scale[:, None] if self.form.per_channel else scale).T)
             self._keep(name + SCALE, scale)
+        return self._made[name + CODES], self._made[name + SCALE]
+
+    def table(self, stored: ir.Value, kind: np.dtype) -> tuple[ir.ExternalTensor, ir.ExternalTensor]:
+        """A table's INT8 codes (rows, columns), whatever the Linears' format, and its rows' scales (rows, 1) of ``kind``."""
+        name = str(stored.name)
+        if name + CODES not in self._made:
+            form, values = FORMATS["int8"], np.asarray(self.read(stored), np.float32)
+            scales = form.weight_scale(values, kind)[:, None]
+            self._keep(name + CODES, form.quantise(values, scales))
+            self._keep(name + SCALE, scales)
         return self._made[name + CODES], self._made[name + SCALE]
 
     def smoothed(self, value: ir.Value) -> ir.ExternalTensor:
@@ -99,7 +109,7 @@ def _add_remainder(graph: ir.Graph, linear: Linear, scale: Array, weights: Weigh
     weight = _round_weight(graph, linear, weights, kind, "/remainder")
     again = _round_input(graph, linear, linear.input, scale, form, "input_again")
     rest = ir.node("Sub", [linear.input, again], name=f"{name}/remainder")
-    _describe(rest, f"{name}/remainder/exact", again.dtype, linear.input.shape)
+    describe(rest, f"{name}/remainder/exact", again.dtype, linear.input.shape)
     graph.insert_before(matmul, rest)
     assert form.remainder is not None, f"{form.name} has no second step"
     deployed = np.asarray(scale * form.remainder, kind)  # the twin's is the same, widened
@@ -107,12 +117,12 @@ def _add_remainder(graph: ir.Graph, linear: Linear, scale: Array, weights: Weigh
     rounded = _round_input(graph, linear, rest.outputs[0], small, form, "remainder")
     second = ir.node("MatMul", [rounded, weight], name=f"{name}/remainder/product")
     output = matmul.outputs[0]
-    _describe(second, f"{name}/remainder/part", weight.dtype, output.shape)
+    describe(second, f"{name}/remainder/part", weight.dtype, output.shape)
     total = ir.node("Add", [output, second.outputs[0]], name=f"{name}/both")
     for user, place in tuple(output.uses()):
         if user is not total:
             user.replace_input_with(place, total.outputs[0])
-    _describe(total, f"{name}/sum", weight.dtype, output.shape)
+    describe(total, f"{name}/sum", weight.dtype, output.shape)
     graph.insert_before(matmul, second)
     graph.insert_after(matmul, total)
 
@@ -124,12 +134,12 @@ def _round_input(graph: ir.Graph, linear: Linear, value: ir.Value, scale: Array,
     7 of the demo's 21 decoder Linears ran on integers, with a pair each all 21 do.
     """
     name = f"{linear.name}/{what}"
-    scale_value = _initialiser(graph, f"{name}{SCALE}", scale)
-    zero = _initialiser(graph, f"{name}_zero", np.zeros((), form.code))  # also tells QuantizeLinear the type
+    scale_value = initialiser(graph, f"{name}{SCALE}", scale)
+    zero = initialiser(graph, f"{name}_zero", np.zeros((), form.code))  # also tells QuantizeLinear the type
     quantise = ir.node("QuantizeLinear", [value, scale_value, zero], name=f"{name}/quantise")
-    _describe(quantise, f"{name}/codes", form.onnx, value.shape)
+    describe(quantise, f"{name}/codes", form.onnx, value.shape)
     restore = ir.node("DequantizeLinear", [quantise.outputs[0], scale_value, zero], name=f"{name}/dequantise")
-    _describe(restore, f"{name}/rounded", ir.DataType.from_numpy(scale.dtype), value.shape)
+    describe(restore, f"{name}/rounded", ir.DataType.from_numpy(scale.dtype), value.shape)
     graph.insert_before(linear.matmul, [quantise, restore])
     return restore.outputs[0]
 
@@ -144,30 +154,31 @@ def _round_weight(graph: ir.Graph, linear: Linear, weights: Weights, kind: np.dt
     codes, scale = weights.codes_and_scale(linear, kind)
     # Each reader names its codes and its zero itself, though the bytes are one: for processors without VNNI, ONNX Runtime
     # turns int8 weights into uint8 at each reader, and fails where two of them read the same names.
-    codes_value, scale_value = _external(graph, codes, suffix), _external(graph, scale)
+    codes_value, scale_value = external(graph, codes, suffix), external(graph, scale)
     compute = ir.DataType.from_numpy(linear.kind)
     nodes = []
     if scale.dtype != compute:  # the twin: one scale on disk serves both graphs
         cast = ir.node("Cast", [scale_value], {"to": compute}, name=f"{name}{SCALE}/cast{suffix}")
-        scale_value = _describe(cast, f"{name}{SCALE}/wide{suffix}", compute, scale.shape)
+        scale_value = describe(cast, f"{name}{SCALE}/wide{suffix}", compute, scale.shape)
         nodes.append(cast)
-    zero = _initialiser(graph, f"{name}_zero{suffix}", np.zeros(tuple(scale.shape.numpy()), weights.form.code))
+    zero = initialiser(graph, f"{name}_zero{suffix}", np.zeros(tuple(scale.shape.numpy()), weights.form.code))
     attributes = {"axis": 1} if weights.form.per_channel else {}
     restore = ir.node(
         "DequantizeLinear", [codes_value, scale_value, zero], attributes, name=f"{name}/dequantise{suffix}"
     )
-    _describe(restore, f"{name}/rounded{suffix}", compute, codes.shape)
+    describe(restore, f"{name}/rounded{suffix}", compute, codes.shape)
     graph.insert_before(linear.matmul, [*nodes, restore])
     return restore.outputs[0]
 
 
-def _describe(node: ir.Node, name: str, kind: ir.DataType, shape: ir.Shape | None) -> ir.Value:
+def describe(node: ir.Node, name: str, kind: ir.DataType, shape: ir.Shape | None) -> ir.Value:
+    """A node's output, named and typed."""
     output = node.outputs[0]
     output.name, output.dtype, output.shape = name, kind, shape
     return output
 
 
-def _initialiser(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+def initialiser(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     """A new one, or the one that has this name."""
     if name in graph.initializers:
         return graph.initializers[name]
@@ -177,7 +188,7 @@ def _initialiser(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     return value
 
 
-def _external(graph: ir.Graph, tensor: ir.ExternalTensor, suffix: str = "") -> ir.Value:
+def external(graph: ir.Graph, tensor: ir.ExternalTensor, suffix: str = "") -> ir.Value:
     """The initialiser of that tensor and suffix: a new one, or the one that is there.
 
     It owns what it refers to by: writing a graph gives a tensor its initialiser's name, and ``tensor`` is every graph's.

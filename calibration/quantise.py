@@ -197,6 +197,7 @@ def draft_recipe(workshop: Workshop, request: Request, report: Report, progress:
         ),
         smoothings=tuple(smoothings),
         calibration=data.to_json(),
+        token_table=True,
     )
 
 
@@ -215,6 +216,7 @@ def _write(workshop: Workshop, recipe: Recipe, request: Request, folder: Path) -
         "type": recipe.type,
         "observer": recipe.observer,
         "share_of_linear_multiplies": recipe.share,
+        "token_table": "int8" if recipe.token_table else None,
         "in_two_steps": recipe.twice,
         "kept_high": recipe.high,
         "calibration": dict(recipe.calibration),

@@ -40,13 +40,17 @@ class GroupRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a bundle was, or is to be, quantised."""
+    """How a bundle was, or is to be, quantised.
+
+    ``token_table``: the token table is in INT8, a scale per row. Older recipes do not say so, and keep it high.
+    """
 
     type: str
     observer: str
     groups: tuple[GroupRecipe, ...]
     smoothings: tuple[Smoothing, ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    token_table: bool = False
 
     @property
     def share(self) -> float:
@@ -130,6 +134,8 @@ class Recipe:
             raise ValueError(f"calibration is {self.calibration!r}, not an object")
         if not isinstance(self.observer, str):
             raise ValueError(f"observer is {self.observer!r}, not a text")
+        if not isinstance(self.token_table, bool):
+            raise ValueError(f"token_table is {self.token_table!r}, not true or false")
         names = [group.name for group in self.groups]
         for group in self.groups:
             if not isinstance(group.name, str) or names.count(group.name) > 1:

@@ -20,6 +20,7 @@ from .qdq import Weights, insert_qdq
 from .recipe import Recipe
 from .sessions import ExactSession, RememberingSession
 from .smoothing import Smoothing
+from .token_table import find_table, quantise_table
 
 SOURCES = "work/source"  # where the source's weight files stand, linked, while graphs are built
 
@@ -78,6 +79,8 @@ class Workshop:
                 value.const_value = _placed(value.const_value)
                 if value.name in weights.changes and value.name not in quantised:
                     value.const_value = weights.smoothed(value)
+        if recipe.token_table and (table := find_table(model)):
+            quantise_table(model.graph, table, weights, self._kind)
         insert_qdq(model, groups, amax, weights, self._kind, recipe.twice)
         return model
 
@@ -99,7 +102,11 @@ class Workshop:
     def _session(self, name: str, recipe: Recipe) -> ExactSession | RememberingSession:
         """The last session of this graph again, when the recipe changes nothing in it."""
         own = {group.name for group in self.groups if group.graph == name}
-        key = recipe.smoothings, tuple(group for group in recipe.groups if group.quantised and group.name in own)
+        key = (
+            recipe.smoothings,
+            recipe.token_table,
+            tuple(group for group in recipe.groups if group.quantised and group.name in own),
+        )
         if name not in self._sessions or self._sessions[name][0] != key:
             self._sessions.pop(name, None)  # free it first: two at once may not fit in memory
             session = ExactSession(self.build(self.runnable[name], recipe), self.folder, threads=self.threads)

@@ -206,7 +206,7 @@ def _check_targets(
         precision=args.precision,
         template={},
         files=dict.fromkeys((VISION, LANGUAGE, SCORER), FileRecord(0, "0" * 64)),
-        quantization={"type": args.quantize} if args.quantize else None,
+        quantization={"type": args.quantize, "token_table": "int8"} if args.quantize else None,
         opset=args.opset,
     )
     for device in devices:

@@ -5,10 +5,11 @@ Weights follow from the geometry exactly; the rest are measured factors, each wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from metaembed.runtime.geometry import Geometry
 from metaembed.runtime.manifest import LANGUAGE, SCORER, VISION, Manifest
@@ -37,13 +38,17 @@ SERVING_BASE = 0.6 * GIB  # CUDA context, TensorRT, Python
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters of one graph: those of the quantisable matrices, and all others."""
+    """Parameters of one graph: those of the quantisable matrices, of the token table, and all others."""
 
     matrices: int
     others: int
+    table: int = 0
 
-    def bytes(self, precision: str, quantization: str | None) -> int:
-        return self.matrices * BYTES[quantization or precision] + self.others * BYTES[precision]
+    def bytes(self, precision: str, quantization: Mapping[str, Any] | None) -> int:
+        """``quantization``: the manifest's, every matrix quantised."""
+        recipe = quantization or {}
+        matrices, table = (BYTES[recipe.get(what) or precision] for what in ("type", "token_table"))
+        return self.matrices * matrices + self.table * table + self.others * BYTES[precision]
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def count_weights(geometry: Geometry) -> dict[str, Weights]:
     text, vision = geometry.text, geometry.vision
     kv = text.kv_heads * text.head_dim
     block = 2 * text.hidden * (text.hidden + kv) + 3 * text.hidden * text.intermediate
-    rest = text.layers * (3 * text.hidden + 2 * kv) + text.hidden + (text.vocab + geometry.meta_tokens) * text.hidden
+    rest = text.layers * (3 * text.hidden + 2 * kv) + text.hidden + geometry.meta_tokens * text.hidden
     rest += (text.hidden + 1) * (geometry.projection or 0)
     seen = 4 * vision.hidden**2 + 3 * vision.hidden * vision.intermediate
     merged = vision.hidden * vision.merge**2
@@ -74,7 +79,7 @@ def count_weights(geometry: Geometry) -> dict[str, Weights]:
     head = merged + vision.out_hidden + vision.hidden
     biases = vision.depth * (6 * vision.hidden + 2 * vision.intermediate + vision.hidden)
     return {
-        "language": Weights(text.layers * block, rest),
+        "language": Weights(text.layers * block, rest, text.vocab * text.hidden),
         "vision": Weights(vision.depth * seen + merger, biases + head + vision.patch_values * vision.hidden),
     }
 
@@ -88,8 +93,9 @@ def estimate_build(
     """
     engines = tuple(engines)
     geometry = manifest.geometry
-    kind = (manifest.quantization or {}).get("type")
-    weights = {name: part.bytes(manifest.precision, kind) for name, part in count_weights(geometry).items()}
+    weights = {
+        name: part.bytes(manifest.precision, manifest.quantization) for name, part in count_weights(geometry).items()
+    }
     blocks = {"vision": geometry.vision.depth, "language": geometry.text.layers}
     plans = [
         weights.get(part, 0)

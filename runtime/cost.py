@@ -96,7 +96,8 @@ def index_bytes(geometry: Geometry, candidate_vectors: int, candidates: int, kin
 
 
 def weight_bytes(geometry: Geometry, precision: str, quantization: str | None = None) -> int:
-    """Bytes of the weights. int8 and fp8 quantise the Linears of blocks and layers; the rest is in ``precision``, or bf16."""
+    """Bytes of the weights. int8 and fp8 quantise the Linears of blocks and layers, and the token table to INT8; the rest is
+    in ``precision``, or bf16."""
     return sum(
         _tensor_bytes(name, shape, precision, quantization) for name, shape in expected_tensors(geometry).items()
     )
@@ -111,9 +112,8 @@ def weight_bytes_read(geometry: Geometry, precision: str, *, image: bool) -> int
 
 def _tensor_bytes(name: str, shape: tuple[int, ...], precision: str, quantization: str | None = None) -> int:
     in_layer = ".layers." in name or ".blocks." in name
-    return prod(shape) * (
-        BYTES[quantization or precision] if in_layer and len(shape) == 2 else max(2, BYTES[precision])
-    )
+    quantised = (in_layer and len(shape) == 2) or (name == TOKEN_TABLE and quantization is not None)
+    return prod(shape) * (BYTES[quantization or precision] if quantised else max(2, BYTES[precision]))
 
 
 def activation_bytes(geometry: Geometry, positions: int, patches: int, precision: str = "bf16") -> int:

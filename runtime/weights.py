@@ -10,6 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from .tensors import TOKEN_TABLE
+
 FICLONE = 0x40049409  # linux/fs.h: share the extents of another file (btrfs, XFS)
 BLOCK = 1 << 24
 # Bytes that ONNX Runtime's CPU provider copies of each number: INT8 codes are packed as products read them, narrow numbers
@@ -49,17 +51,21 @@ def _reflink(source: Path, target: Path) -> None:
 
 def count_values(folder: Path) -> int:
     """Numbers in a folder's safetensors, from their headers: a graph may compute in float32 over narrower stored weights."""
-    return sum(prod(tensor["shape"]) for tensor in _tensors(folder))
+    return sum(prod(tensor["shape"]) for _, tensor in _tensors(folder))
 
 
 def copied_bytes(folder: Path) -> int:
-    """The least memory that a quantised bundle's weights take on the CPU, beside the mapped files."""
-    return sum(prod(tensor["shape"]) * COPIED.get(tensor["dtype"], 0) for tensor in _tensors(folder))
+    """The least memory that a quantised bundle's weights take on the CPU, beside the mapped files. A token table stays mapped."""
+    return sum(
+        prod(tensor["shape"]) * COPIED.get(tensor["dtype"], 0)
+        for name, tensor in _tensors(folder)
+        if not name.startswith(TOKEN_TABLE)
+    )
 
 
-def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
-    """The header's entry of every tensor of a folder's files."""
+def _tensors(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name and the header's entry of every tensor of a folder's files."""
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        yield from (entry for name, entry in header.items() if name != "__metadata__")
+        yield from ((name, entry) for name, entry in header.items() if name != "__metadata__")

@@ -28,6 +28,16 @@ def test_a_saved_recipe_reads_back_equal(tmp_path):
     assert Recipe.load(tmp_path / "recipe.json") == RECIPE
 
 
+def test_a_recipe_of_an_earlier_version_keeps_the_token_table_high(tmp_path):
+    path = tmp_path / "recipe.json"
+    replace(RECIPE, token_table=True).save(path)
+    assert Recipe.load(path).token_table
+    data = json.loads(path.read_text())
+    del data["token_table"]
+    path.write_text(json.dumps(data))
+    assert not Recipe.load(path).token_table
+
+
 def test_share_counts_quantised_groups():
     assert RECIPE.share == pytest.approx(0.8)
     assert RECIPE.high == ["c"]
@@ -67,6 +77,7 @@ def test_a_nonsensical_edit_is_refused(tmp_path, key, value, sentence):
     ("key", "value", "sentence"),
     [
         ("observer", 5, "observer is 5"),
+        ("token_table", "int8", "token_table is 'int8', not true or false"),
         ("calibration", [1], r"calibration is \[1\]"),
         ("type", "fp8", "fp8 is not quantised in two steps"),
     ],

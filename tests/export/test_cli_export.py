@@ -212,7 +212,7 @@ def test_a_dry_run_sizes_the_index_beside_the_type_that_is_asked_for(
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert " ".join(last[2:-1]) == stored
     counts = count_weights(KNOWN["7b"].geometry).values()
-    weights = sum(matrix * part.matrices + other * part.others for part in counts)
+    weights = sum(matrix * (part.matrices + part.table) + other * part.others for part in counts)
     expected = (0.9 * 141 * GIB - weights) / (16 * 3584 * 2)
     assert int(last[-1].replace(",", "")) == pytest.approx(expected, rel=0.01)
 

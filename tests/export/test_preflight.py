@@ -200,7 +200,11 @@ def test_counted_weights_are_those_of_the_demo_checkpoint(demo_folder, bundle):
     vision = sum(count for name, count in counts.items() if "visual" in name)
     ours = count_weights(bundle.manifest.geometry)
     assert ours["vision"].matrices + ours["vision"].others == vision
-    assert ours["language"].matrices + ours["language"].others == sum(counts.values()) - vision
+    language = ours["language"]
+    assert language.matrices + language.table + language.others == sum(counts.values()) - vision
+    assert language.table == next(
+        count for name, count in counts.items() if name.endswith("language_model.embed_tokens.weight")
+    )
     linears = {name: count for name, count in counts.items() if len(sizes[name]) == 2 and "embed" not in name}
     assert ours["vision"].matrices == sum(count for name, count in linears.items() if "visual" in name)
     assert ours["language"].matrices == sum(count for name, count in linears.items() if "visual" not in name)
@@ -210,7 +214,7 @@ def test_counted_weights_are_those_of_the_demo_checkpoint(demo_folder, bundle):
 def test_counted_weights_are_those_that_hugging_face_states(model, billions):
     """Qwen2.5-VL model cards (3B 3.75, 7B 8.29, 32B 33.5 billion); lm_head, which is not exported, is in the last two."""
     geometry = KNOWN[model].geometry
-    total = sum(part.matrices + part.others for part in count_weights(geometry).values())
+    total = sum(part.matrices + part.table + part.others for part in count_weights(geometry).values())
     head = 0 if model == "3b" else geometry.text.vocab * geometry.text.hidden
     assert (total + head) / 1e9 == pytest.approx(billions, rel=0.01)
 
@@ -316,13 +320,17 @@ def test_estimated_plans_and_peaks_are_what_was_measured(bundle, graph, plan, pe
     assert estimate.build_peak == pytest.approx(peak, rel=0.12)
 
 
-def test_int8_halves_the_matrices_only(bundle):
+def test_int8_halves_the_matrices_and_the_token_table_only(bundle):
     manifest = replace(bundle.manifest, **known(bundle, "7b"))
     engines = plan_engines(Sizes.of(manifest), BUDGETS)
     whole = estimate_build(manifest, engines, "tensorrt_rtx").weights
-    small = estimate_build(replace(manifest, quantization={"type": "int8"}), engines, "tensorrt_rtx").weights
     matrices = sum(part.matrices for part in count_weights(manifest.geometry).values())
-    assert whole - small == matrices
+    for quantization, halved in (
+        ({"type": "int8"}, matrices),  # as bundles of earlier versions were
+        ({"type": "int8", "token_table": "int8"}, matrices + 152_064 * 3584),
+    ):
+        small = estimate_build(replace(manifest, quantization=quantization), engines, "tensorrt_rtx").weights
+        assert whole - small == halved
 
 
 # --- routes

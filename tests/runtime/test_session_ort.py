@@ -127,10 +127,11 @@ def test_large_weights_stay_on_disk_even_before_the_manifest_names_them(
 
 @pytest.fixture
 def quantised(demo_bundle: Path, tmp_path: Path) -> Bundle:
-    """Weights of a quantised bundle: 2,048 KiB of INT8 codes, 256 Ki numbers in bf16, FP8 codes and float32 numbers."""
+    """2,048 KiB of INT8 codes, 256 Ki numbers in bf16, and what stays mapped: FP8 codes, float32 numbers, a token table."""
     (tmp_path / "weights").mkdir()
     high = {"table": np.zeros((256, 1024), ml_dtypes.bfloat16), "norm": np.zeros((512, 1024), np.float32)}
-    save_file({"codes": np.zeros((1024, 2048), np.int8)}, tmp_path / "weights" / "int8-01.safetensors")
+    table = {"language_model.embed_tokens.weight_quantised": np.zeros((1 << 12, 1 << 10), np.int8)}
+    save_file({"codes": np.zeros((1024, 2048), np.int8), **table}, tmp_path / "weights" / "int8-01.safetensors")
     save_file(high | {"fp8": np.zeros(1 << 20, ml_dtypes.float8_e4m3fn)}, tmp_path / "weights" / "high-01.safetensors")
     manifest = replace(Bundle.open(demo_bundle, verify=False).manifest, quantization={"type": "int8"})
     return Bundle(tmp_path, manifest)

@@ -134,7 +134,8 @@ def measure_contenders(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         contenders: dict[str, Path | str] = {folder.name: folder for folder in (*own, *args.graphs)}
         contenders |= _competitors(source, args, Path(scratch))
         for name, folder in contenders.items():
-            kind = "fp8" if "fp8" in name else "int8"
+            recipe = (Bundle.open(folder, verify=False).manifest.quantization or {}) if folder in own else {}
+            kind = recipe.get("type") or ("fp8" if "fp8" in name else "int8")
             head = {"contender": name, "type": kind, **common}
             if isinstance(folder, str):
                 yield {**head, "error": folder}

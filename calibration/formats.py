@@ -20,8 +20,8 @@ class Format:
     """Symmetric quantisation: ``value = code * scale``, codes within ``[-largest, largest]``, zero point 0.
 
     ``per_channel`` says whether a weight has a scale per output channel or one in all; activations always have one.
-    ``remainder`` times a scale is the scale of what rounding leaves over: at most half a step, a power of two so that it
-    is as exact as the scale itself. None where quantising in two steps is not to be had.
+    ``remainder`` times the range of a value is that of what rounding leaves over, half a step at most: a power of two, so
+    that magnifying by it is exact.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Format:
     code: np.dtype[Any]
     onnx: ir.DataType
     per_channel: bool
-    remainder: float | None
+    remainder: float
 
     def scale(self, amax: Array | float, kind: np.dtype[Any]) -> Array:
         """The scale that maps ``amax`` to the largest code, rounded to ``kind``, in which the graph computes.
@@ -61,9 +61,8 @@ FORMATS = {
     "int8": Format("int8", 127.0, np.dtype(np.int8), ir.DataType.INT8, per_channel=True, remainder=2**-8),
     # E4M3 without infinities: the largest finite value is 448 (arXiv 2209.05433, table 1). TensorRT takes FP8 weights
     # with one scale per tensor on every version from 10.3 on.
-    # Not in two steps: of bf16 and fp16 graphs TensorRT-RTX's builder then crashes for compute capability 8.9.
     "fp8": Format(
-        "fp8", 448.0, np.dtype(ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN, per_channel=False, remainder=None
+        "fp8", 448.0, np.dtype(ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN, per_channel=False, remainder=2**-4
     ),
 }
 

@@ -87,64 +87,90 @@ def insert_qdq(
         kind: the type that the deployed graph computes in, to which all scales are rounded. The float32 twin of a bf16
             graph gets the same numbers, widened.
         twice: names of groups whose input is quantised in two steps: its codes, then the codes of what their rounding
-            left over, each multiplied with the same codes of the weight. It costs a second product, and has 16 bits.
+            left over, both multiplied with the same codes of the weight. It costs a second product; its input has 16 bits
+            in INT8, and twice the significant bits in FP8.
     """
     for group in groups:
         scale = weights.form.scale(amax[group.name], kind).astype(group.kind)
+        values = group.input
+        if group.name in twice:
+            values = _stack_remainder(model.graph, group, scale, weights.form)
         for linear in group.linears:
             # The weight's node comes first: ONNX Runtime visits a product's later input before the earlier one, and so
             # widened all weights of an FP8 graph before its first product (16 of 16 MiB: 1.1 GB, in this order 89 MB).
             weight = _round_weight(model.graph, linear, weights, kind)
-            rounded = _round_input(model.graph, linear, linear.input, scale, weights.form, "input")
-            if group.name in twice:
-                _add_remainder(model.graph, linear, scale, weights, kind)
+            rounded = _round_input(model.graph, linear.matmul, values, scale, weights.form, f"{linear.name}/input")
             linear.matmul.replace_input_with(0, rounded)
             linear.matmul.replace_input_with(1, weight)
+            if group.name in twice:
+                _add_halves(model.graph, linear, weights.form)
     _drop_unused(model.graph)
 
 
-def _add_remainder(graph: ir.Graph, linear: Linear, scale: Array, weights: Weights, kind: np.dtype) -> None:
-    """``y = x1 W' + x2 W'``: x2 is the rounded difference of x and the rounded x1. No pair is shared (see _round_input)."""
-    name, form, matmul = linear.name, weights.form, linear.matmul
-    weight = _round_weight(graph, linear, weights, kind, "/remainder")
-    again = _round_input(graph, linear, linear.input, scale, form, "input_again")
-    rest = ir.node("Sub", [linear.input, again], name=f"{name}/remainder")
-    describe(rest, f"{name}/remainder/exact", again.dtype, linear.input.shape)
-    graph.insert_before(matmul, rest)
-    assert form.remainder is not None, f"{form.name} has no second step"
-    deployed = np.asarray(scale * form.remainder, kind)  # the twin's is the same, widened
-    small = deployed.astype(scale.dtype)
-    rounded = _round_input(graph, linear, rest.outputs[0], small, form, "remainder")
-    second = ir.node("MatMul", [rounded, weight], name=f"{name}/remainder/product")
-    output = matmul.outputs[0]
-    describe(second, f"{name}/remainder/part", weight.dtype, output.shape)
-    total = ir.node("Add", [output, second.outputs[0]], name=f"{name}/both")
-    for user, place in tuple(output.uses()):
-        if user is not total:
-            user.replace_input_with(place, total.outputs[0])
-    describe(total, f"{name}/sum", weight.dtype, output.shape)
-    graph.insert_before(matmul, second)
-    graph.insert_after(matmul, total)
+def _stack_remainder(graph: ir.Graph, group: Group, scale: Array, form: Format) -> ir.Value:
+    """``[x, (x - DQ(Q(x))) / remainder]``, (2, ...): what rounding leaves over, magnified until it has the range of x.
+
+    One product then takes both with one scale. With two products, each with its own scale, TensorRT-RTX 1.7.1 stored the
+    weight twice, and crashed where FP8 was in a bf16 or fp16 graph for compute capability 8.9.
+    """
+    first, x = group.linears[0], group.input
+    name, before, kind, shape = first.name, first.matmul, ir.DataType.from_numpy(group.kind), x.shape
+    assert shape is not None
+    rounded = _round_input(graph, before, x, scale, form, f"{name}/first")
+    zero = initialiser(graph, "axis_0", np.zeros(1, np.int64))
+    factor = initialiser(graph, f"{name}/magnify", np.asarray(1 / form.remainder, group.kind))
+    one, two = ir.Shape([1, *shape]), ir.Shape([2, *shape])
+
+    def add(op: str, inputs: list[ir.Value], what: str, size: ir.Shape, **attributes: int) -> ir.Value:
+        node = ir.node(op, inputs, attributes, name=f"{name}/{what}")
+        graph.insert_before(before, node)
+        return describe(node, f"{name}/{what}/out", kind, size)
+
+    rest = add("Sub", [x, rounded], "rest", shape)
+    rest = add("Mul", [rest, factor], "magnified", shape)
+    halves = [add("Unsqueeze", [v, zero], what, one) for v, what in ((x, "upper"), (rest, "lower"))]
+    return add("Concat", halves, "stacked", two, axis=0)
 
 
-def _round_input(graph: ir.Graph, linear: Linear, value: ir.Value, scale: Array, form: Format, what: str) -> ir.Value:
+def _add_halves(graph: ir.Graph, linear: Linear, form: Format) -> None:
+    """``y[0] + y[1] * remainder`` wherever the product was used."""
+    name, product = linear.name, linear.matmul.outputs[0]
+    shape, kind = product.shape, product.dtype
+    assert shape is not None
+    assert kind is not None
+    users = tuple(product.uses())
+    product.shape = ir.Shape([2, *shape])
+    factor = initialiser(graph, f"{name}/reduce", np.asarray(form.remainder, kind.numpy()))
+    place = [initialiser(graph, f"index_{index}", np.array(index, np.int64)) for index in range(2)]
+    upper, lower = (
+        ir.node("Gather", [product, at], {"axis": 0}, name=f"{name}/half_{k}") for k, at in enumerate(place)
+    )
+    small = ir.node("Mul", [lower.outputs[0], factor], name=f"{name}/reduced")
+    total = ir.node("Add", [upper.outputs[0], small.outputs[0]], name=f"{name}/sum")
+    for node in (upper, lower, small, total):
+        describe(node, f"{node.name}/out", kind, shape)
+    graph.insert_after(linear.matmul, [upper, lower, small, total])
+    for user, position in users:
+        user.replace_input_with(position, total.outputs[0])
+
+
+def _round_input(graph: ir.Graph, before: ir.Node, value: ir.Value, scale: Array, form: Format, name: str) -> ir.Value:
     """A Q/DQ pair for each Linear, even where several read one tensor with one scale.
 
     ONNX Runtime fuses a pair into the integer product only when nothing else reads it: with one pair shared by q, k and v,
     7 of the demo's 21 decoder Linears ran on integers, with a pair each all 21 do.
     """
-    name = f"{linear.name}/{what}"
     scale_value = initialiser(graph, f"{name}{SCALE}", scale)
     zero = initialiser(graph, f"{name}_zero", np.zeros((), form.code))  # also tells QuantizeLinear the type
     quantise = ir.node("QuantizeLinear", [value, scale_value, zero], name=f"{name}/quantise")
     describe(quantise, f"{name}/codes", form.onnx, value.shape)
     restore = ir.node("DequantizeLinear", [quantise.outputs[0], scale_value, zero], name=f"{name}/dequantise")
     describe(restore, f"{name}/rounded", ir.DataType.from_numpy(scale.dtype), value.shape)
-    graph.insert_before(linear.matmul, [quantise, restore])
+    graph.insert_before(before, [quantise, restore])
     return restore.outputs[0]
 
 
-def _round_weight(graph: ir.Graph, linear: Linear, weights: Weights, kind: np.dtype, suffix: str = "") -> ir.Value:
+def _round_weight(graph: ir.Graph, linear: Linear, weights: Weights, kind: np.dtype) -> ir.Value:
     """The codes lie as the product reads them, (in, out), so axis 1 is the output channel and the Transpose goes.
 
     Where a Transpose follows, ONNX Runtime folds it when it opens the graph, and keeps 8 bytes a code beside the codes:
@@ -152,21 +178,17 @@ def _round_weight(graph: ir.Graph, linear: Linear, weights: Weights, kind: np.dt
     """
     name = str(linear.stored.name)
     codes, scale = weights.codes_and_scale(linear, kind)
-    # Each reader names its codes and its zero itself, though the bytes are one: for processors without VNNI, ONNX Runtime
-    # turns int8 weights into uint8 at each reader, and fails where two of them read the same names.
-    codes_value, scale_value = external(graph, codes, suffix), external(graph, scale)
+    codes_value, scale_value = external(graph, codes), external(graph, scale)
     compute = ir.DataType.from_numpy(linear.kind)
     nodes = []
     if scale.dtype != compute:  # the twin: one scale on disk serves both graphs
-        cast = ir.node("Cast", [scale_value], {"to": compute}, name=f"{name}{SCALE}/cast{suffix}")
-        scale_value = describe(cast, f"{name}{SCALE}/wide{suffix}", compute, scale.shape)
+        cast = ir.node("Cast", [scale_value], {"to": compute}, name=f"{name}{SCALE}/cast")
+        scale_value = describe(cast, f"{name}{SCALE}/wide", compute, scale.shape)
         nodes.append(cast)
-    zero = initialiser(graph, f"{name}_zero{suffix}", np.zeros(tuple(scale.shape.numpy()), weights.form.code))
+    zero = initialiser(graph, f"{name}_zero", np.zeros(tuple(scale.shape.numpy()), weights.form.code))
     attributes = {"axis": 1} if weights.form.per_channel else {}
-    restore = ir.node(
-        "DequantizeLinear", [codes_value, scale_value, zero], attributes, name=f"{name}/dequantise{suffix}"
-    )
-    describe(restore, f"{name}/rounded{suffix}", compute, codes.shape)
+    restore = ir.node("DequantizeLinear", [codes_value, scale_value, zero], attributes, name=f"{name}/dequantise")
+    describe(restore, f"{name}/rounded", compute, codes.shape)
     graph.insert_before(linear.matmul, [*nodes, restore])
     return restore.outputs[0]
 
@@ -188,12 +210,12 @@ def initialiser(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     return value
 
 
-def external(graph: ir.Graph, tensor: ir.ExternalTensor, suffix: str = "") -> ir.Value:
-    """The initialiser of that tensor and suffix: a new one, or the one that is there.
+def external(graph: ir.Graph, tensor: ir.ExternalTensor) -> ir.Value:
+    """The initialiser of that tensor: a new one, or the one that is there.
 
     It owns what it refers to by: writing a graph gives a tensor its initialiser's name, and ``tensor`` is every graph's.
     """
-    name = f"{tensor.name}{suffix}"
+    name = str(tensor.name)
     if name in graph.initializers:
         return graph.initializers[name]
     place = tensor.location, tensor.offset, tensor.nbytes

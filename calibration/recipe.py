@@ -27,7 +27,7 @@ class GroupRecipe:
         share: of the Linears' multiply-adds over the calibration set.
         cost: when this group alone is quantised, the mean over inputs of 1 - the cosine of the worst vector; None where it
             was not measured.
-        twice: quantise the input in two steps, its codes and those of the remainder: 16 bits, at twice the products.
+        twice: quantise the input in two steps, its codes and those of the remainder, at twice the products.
     """
 
     name: str
@@ -150,8 +150,6 @@ class Recipe:
                 raise ValueError(f"quantised of {group.name} is {group.quantised!r}, not true or false")
             if not isinstance(group.twice, bool):
                 raise ValueError(f"twice of {group.name} is {group.twice!r}, not true or false")
-            if group.twice and FORMATS[self.type].remainder is None:
-                raise ValueError(f"twice of {group.name} is true, and {self.type} is not quantised in two steps")
         if abs(math.fsum(group.share for group in self.groups) - 1) > 1e-6:
             raise ValueError("the groups' shares do not add up to 1")
         for smoothing in self.smoothings:

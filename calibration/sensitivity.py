@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .formats import FORMATS
 from .judge import Verdict
 from .recipe import Recipe
 
@@ -30,10 +29,11 @@ def search(recipe: Recipe, judge: Try, *, min_share: float = 1.0, progress: Prog
     """Quantise as much as the tolerance allows, with a margin if one can be had: the final check sees other inputs.
 
     Everything is tried first; only when that leaves no margin is each group measured alone. Then, in the order of their cost
-    per share of the work, groups are quantised in two steps (INT8 only), as few as give the margin, up to EXTRA more
+    per share of the work, groups are quantised in two steps, as few as give the margin, up to EXTRA more
     products. Where that gives none, groups are kept high, as few as give it while ``min_share`` of the work stays quantised;
-    where none are enough, as many as that allows. Where even the tolerance takes more, as few as hold it. Numbers of groups
-    are found by bisection: exact where more care never hurts, which is verified for the answer itself.
+    where none are enough, two steps for more groups. Where those are not enough either, as many are kept high as
+    ``min_share`` allows, and where even the tolerance takes more, as few as hold it. Numbers of groups are found by
+    bisection: exact where more care never hurts, which is verified for the answer itself.
     """
     names = [group.name for group in recipe.groups]
     everything = recipe.quantising(names).quantising_twice(())
@@ -44,16 +44,17 @@ def search(recipe: Recipe, judge: Try, *, min_share: float = 1.0, progress: Prog
     everything = everything.with_costs(costs)
     order = by_cost(everything)
     ladder = Ladder(judge, trials=1 + len(names))
-    found = Found(everything, verdict, ladder.trials)
-    if FORMATS[recipe.type].remainder is not None:
-        steps = [everything.quantising_twice(order[:count]) for count in range(len(order) + 1)]
-        affordable = [step for step in steps if step.extra <= EXTRA]
-        found = ladder.first(affordable, _with_margin) or ladder.judged(affordable[-1])
+    steps = [everything.quantising_twice(order[:count]) for count in range(len(order) + 1)]
+    affordable = [step for step in steps if step.extra <= EXTRA]
+    found = ladder.first(affordable, _with_margin) or ladder.judged(affordable[-1])
     if _with_margin(found.verdict):
         return found
     kept_high = [everything.quantising(order[count:]) for count in range(len(order) + 1)]
     allowed = [step for step in kept_high if step.share >= min_share]
-    best = ladder.first(allowed, _with_margin) or ladder.judged(allowed[-1])
+    best = ladder.first(allowed, _with_margin)
+    if best is None and (dearer := ladder.first(steps[len(affordable) - 1 :], _with_margin)):
+        return dearer
+    best = best or ladder.judged(allowed[-1])
     if best.verdict and best.verdict.loss < found.verdict.loss:
         return best
     if found.verdict:

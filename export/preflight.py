@@ -119,7 +119,6 @@ def check_planned(
 def _problems(preflight: Preflight, manifest: Manifest, opsets: Mapping[str, int], builds_here: bool) -> Iterator[str]:
     device, flavour, version = preflight.device, preflight.flavour, preflight.version
     yield from _type_problems(manifest, device)
-    yield from _two_step_problems(manifest, device, flavour)
     yield from _version_problems(device, flavour, version)
     yield from _opset_problems(manifest, opsets, device, flavour, version)
     yield from _memory_problems(manifest, device, preflight.estimate, flavour, builds_here)
@@ -160,19 +159,6 @@ def check_opset(device: Device, opset: int, precision: str | None = None) -> Non
 
 def _type_problems(manifest: Manifest, device: Device) -> Iterator[str]:
     yield from _missing_types(device, manifest.precision, (manifest.quantization or {}).get("type"))
-
-
-def _two_step_problems(manifest: Manifest, device: Device, flavour: str) -> Iterator[str]:
-    """TensorRT-RTX 1.7.1 crashes (SIGSEGV) on what older calibrations wrote; over fp32, in INT8 and for 12.0 it builds."""
-    recipe = manifest.quantization or {}
-    groups = recipe.get("in_two_steps") or () if recipe.get("type") == "fp8" else ()
-    narrow = manifest.precision != "fp32"
-    if groups and narrow and flavour == "tensorrt_rtx" and device.capability == (8, 9):
-        yield (
-            f"TensorRT-RTX crashes on FP8 in two steps over {manifest.precision} for compute capability 8.9 (groups of "
-            f"Linears here: {len(groups)}); calibrate again with this version (metaembed-calibrate --quantize fp8), "
-            f"without an older --recipe"
-        )
 
 
 def _missing_types(device: Device, precision: str, quantization: str | None) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,19 +24,29 @@ CAPABILITIES = {"int8": [(8, 0), (8, 6), (8, 9), (12, 0)], "fp8": [(8, 9), (12, 
 
 
 @pytest.fixture(scope="module")
-def recipes(small_bundle: Path, calibration_set: CalibrationSet, tmp_path_factory: pytest.TempPathFactory):
-    """Type to a folder with both quantised graphs; under "table high", FP8 with a float32 token table."""
+def recipes(
+    small_bundle: Path,
+    narrow_demo: Callable[[str], Path],
+    calibration_set: CalibrationSet,
+    tmp_path_factory: pytest.TempPathFactory,
+):
+    """Name to a folder with both quantised graphs: of each type over fp32, and FP8 with a float32 token table or over bf16."""
     folders = {}
     for name, form in FORMATS.items():
         folder = tmp_path_factory.mktemp(name)
         workshop = Workshop(Bundle.open(small_bundle), folder, form, threads=1)
         request = Request(type=name, data=calibration_set, observer="max", smooth=False, threads=1)
         recipe: Recipe = draft_recipe(workshop, request, lambda line: None, lambda work, what: work)
-        if form.remainder is not None:  # both forms of Q/DQ in one graph
-            recipe = recipe.quantising_twice([group.name for group in recipe.groups[::3]])
+        recipe = recipe.quantising_twice([group.name for group in recipe.groups[::3]])  # both forms in one graph
         folders[name] = pack(workshop, recipe)
-    workshop = Workshop(Bundle.open(small_bundle), tmp_path_factory.mktemp("high"), form, threads=1)
-    return folders | {"table high": pack(workshop, replace(recipe, token_table=False))}
+    more = {
+        "table high": (small_bundle, replace(recipe, token_table=False)),
+        "fp8 over bf16": (narrow_demo("bf16"), recipe),
+    }
+    for name, (source, changed) in more.items():
+        workshop = Workshop(Bundle.open(source), tmp_path_factory.mktemp("more"), form, threads=1)
+        folders[name] = pack(workshop, changed)
+    return folders
 
 
 def pack(workshop: Workshop, recipe: Recipe) -> Path:
@@ -61,10 +72,10 @@ def build(path: Path, capabilities: list[tuple[int, int]]) -> int:
     return memoryview(engine_bytes_from_network(network, config)).nbytes
 
 
-@pytest.mark.parametrize("form", CAPABILITIES)
+@pytest.mark.parametrize("form", [*CAPABILITIES, "fp8 over bf16"])
 @pytest.mark.parametrize("graph", [VISION, LANGUAGE])
 def test_a_quantised_graph_builds(recipes, form, graph):
-    assert build(recipes[form] / graph, CAPABILITIES[form]) > 1 << 20
+    assert build(recipes[form] / graph, CAPABILITIES[form.split()[0]]) > 1 << 20
 
 
 def test_a_plan_keeps_the_token_table_in_one_byte_a_number(recipes, small_bundle):

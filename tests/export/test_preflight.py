@@ -75,21 +75,6 @@ def test_tensorrt_rtx_is_refused_where_it_has_no_kernels(bundle, target, precisi
     assert "to get a device kit" in sentence
 
 
-def test_fp8_in_two_steps_is_refused_where_the_builder_crashes(bundle):
-    """TensorRT-RTX 1.7.1 ends with SIGSEGV for 8.9; it builds INT8 in two steps, FP8 in one, fp32, and 12.0."""
-    fp8 = {"precision": "bf16", "quantization": {"type": "fp8", "in_two_steps": ["visual.merger.mlp.2"]}}
-    sentence = refusal(bundle, "l4", changes=fp8)
-    assert (
-        "crashes on FP8 in two steps over bf16 for compute capability 8.9 (groups of Linears here: 1); calibrate again"
-        in sentence
-    )
-    preflight(bundle, "rtx5090", changes=fp8)
-    preflight(bundle, "l4", changes={**fp8, "precision": "fp32"})
-    preflight(bundle, "l4", changes=fp8, flavour="tensorrt", version="10.15.1")
-    for recipe in ({"type": "fp8", "in_two_steps": []}, {"type": "fp8"}, {**fp8["quantization"], "type": "int8"}):
-        preflight(bundle, "l4", changes={**fp8, "quantization": recipe})
-
-
 @pytest.mark.parametrize(
     ("target", "version", "reason"),
     [

@@ -31,9 +31,9 @@ def search(recipe: Recipe, judge: Try, *, min_share: float = 1.0, progress: Prog
     Everything is tried first; only when that leaves no margin is each group measured alone. Then, in the order of their cost
     per share of the work, groups are quantised in two steps, as few as give the margin, up to EXTRA more
     products. Where that gives none, groups are kept high, as few as give it while ``min_share`` of the work stays quantised;
-    where none are enough, two steps for more groups. Where those are not enough either, as many are kept high as
-    ``min_share`` allows, and where even the tolerance takes more, as few as hold it. Numbers of groups are found by
-    bisection: exact where more care never hurts, which is verified for the answer itself.
+    where none are enough, more in two steps. Where that is not enough either, what loses least of these within the
+    tolerance; where none is, as few groups are kept high as hold it. Numbers of groups are found by bisection: exact where
+    more care never hurts, which is verified for the answer itself.
     """
     names = [group.name for group in recipe.groups]
     everything = recipe.quantising(names).quantising_twice(())
@@ -51,14 +51,12 @@ def search(recipe: Recipe, judge: Try, *, min_share: float = 1.0, progress: Prog
         return found
     kept_high = [everything.quantising(order[count:]) for count in range(len(order) + 1)]
     allowed = [step for step in kept_high if step.share >= min_share]
-    best = ladder.first(allowed, _with_margin)
-    if best is None and (dearer := ladder.first(steps[len(affordable) - 1 :], _with_margin)):
-        return dearer
-    best = best or ladder.judged(allowed[-1])
-    if best.verdict and best.verdict.loss < found.verdict.loss:
-        return best
-    if found.verdict:
-        return found
+    safe = ladder.first(allowed, _with_margin) or ladder.first(steps[len(affordable) - 1 :], _with_margin)
+    if safe:
+        return safe
+    holding = [careful for careful in (found, ladder.judged(allowed[-1]), ladder.judged(steps[-1])) if careful.verdict]
+    if holding:
+        return min(holding, key=lambda careful: careful.verdict.loss)
     return ladder.first(kept_high, bool) or ladder.judged(kept_high[-1])
 
 

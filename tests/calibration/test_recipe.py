@@ -169,6 +169,14 @@ def test_where_no_margin_can_be_had_as_much_is_kept_high_as_the_share_allows():
     assert search(GROUPS, loss, min_share=0.2).recipe.high == ["a", "b"]
 
 
+def test_without_a_margin_everything_in_two_steps_is_taken_when_it_loses_least():
+    """By hand: all lose .08 of .02, .0080 in two steps; with b and c high, 0.4 of the work, .06 is lost."""
+    loss = judge_by_loss({"a": 0.06, "b": 0.01, "c": 0.01})
+    found = search(GROUPS, loss, min_share=0.6)
+    assert (found.recipe.twice, found.recipe.high) == (["a", "b", "c"], [])
+    assert found.verdict.loss == pytest.approx(0.008)
+
+
 def test_costs_are_recorded_in_the_recipe():
     found = search(GROUPS, judge_by_loss({"a": 0.001, "b": 0.5, "c": 0.002}))
     assert [group.cost for group in found.recipe.groups] == pytest.approx([0.001, 0.5, 0.002])

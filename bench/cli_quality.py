@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
     from metaembed.runtime.budget import Budget
     from metaembed.runtime.cascade import Stage
     from metaembed.runtime.encoder import Encoder
+    from metaembed.runtime.manifest import Bundle
 
     from .dataset import Dataset
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="queries of the demo's test set (default: 500 200 200)")  # fmt: skip
     parser.add_argument("--seed", type=natural, default=0, help="of the demo's test set (default: %(default)s)")
     parser.add_argument(
-        "--against", type=Path, metavar="BUNDLE", help="print its nDCG@5 beside, for example that of the float bundle"
-    )
+        "--against", metavar="BUNDLE|MODEL", help="print its nDCG@5 beside: the float bundle's, or in float32 in PyTorch a "
+        "checkpoint's, named as for metaembed-export (default for a quantised bundle of the demo: demo)"
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, help="default: one a core")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="add the records to this JSON lines file")
 
@@ -50,7 +55,7 @@ def work(args: argparse.Namespace) -> None:
 
     from .dataset import demo_dataset, load_dataset
     from .quality import embed_dataset, measure_quality
-    from .records import append_records, identify, make_record
+    from .records import append_records, make_record
 
     if args.count < 1 or min(args.queries) < 0 or not sum(args.queries):
         raise UsageError("--count and the sum of --queries have to be at least 1")
@@ -58,19 +63,47 @@ def work(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         encoder = stack.enter_context(Encoder.open(args.bundle, threads=args.threads))
         cascades = parse_cascades(args, encoder)
-        against = stack.enter_context(Encoder.open(args.against, threads=args.threads)) if args.against else None
-        if against is not None:
+        reference = _open_reference(args, encoder.bundle)
+        if reference is not None:
+            against, label = stack.enter_context(reference[0]), reference[1]
             parse_cascades(args, against, encoder.budgets)  # both have to serve them
         dataset = stack.enter_context(source or demo_dataset(args.count, tuple(args.queries), args.seed))
         measured = measure_quality(dataset, *embed_dataset(encoder, dataset), cascades)
-        if against is not None:
+        if reference is not None:
             beside = measure_quality(dataset, *embed_dataset(against, dataset), cascades)
             for values, other in zip(measured, beside, strict=True):
                 values["ndcg_at_5_against"] = other["ndcg_at_5"]
-                values["against"] = identify(args.against)["artefact"]
+                values["against"] = label
     if args.output:
         append_records(args.output, [make_record("quality", values, args.bundle) for values in measured])
     print_quality(measured, dataset)
+
+
+def _open_reference(args: argparse.Namespace, bundle: Bundle) -> tuple[Encoder, str] | None:
+    """What to compare with, and its name for people."""
+    model = args.against
+    if model is None and not bundle.manifest.quantization:
+        return None
+
+    from metaembed.export.checkpoint import Checkpoint
+    from metaembed.export.models import DEMO, resolve_model
+    from metaembed.runtime.encoder import Encoder
+    from metaembed.runtime.manifest import MANIFEST
+
+    from .records import identify
+    from .torch_session import open_in_torch
+
+    if model is None and bundle.manifest.model == DEMO:
+        model = DEMO
+    if model is None:
+        log.warning("to see the float model's nDCG@5 beside, name its bundle or its checkpoint with --against")
+        return None
+    if (Path(model) / MANIFEST).is_file():
+        return Encoder.open(Path(model), threads=args.threads), str(identify(Path(model))["artefact"])
+    checkpoint = Checkpoint.open(resolve_model(model).require_base())
+    if checkpoint.geometry != bundle.manifest.geometry:
+        raise UsageError(f"{model} has another shape than the model of {args.bundle}")
+    return open_in_torch(bundle, checkpoint, "fp32"), f"{model}, fp32 in PyTorch"
 
 
 def print_quality(measured: list[dict], dataset: Dataset) -> None:

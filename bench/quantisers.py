@@ -40,6 +40,8 @@ class Method:
 ONNXRUNTIME = (
     Method("onnxruntime MinMax linears", True, {"calibrate_method": "MinMax"}),
     Method("onnxruntime MinMax all MatMuls", False, {"calibrate_method": "MinMax"}),
+    Method("onnxruntime Entropy linears", True, {"calibrate_method": "Entropy"}),
+    Method("onnxruntime Percentile linears", True, {"calibrate_method": "Percentile"}),
 )
 MODELOPT = (
     Method("ModelOpt int8 defaults", False, {"quantize_mode": "int8"}),
@@ -127,7 +129,8 @@ def quantise_with_onnxruntime(
             op_types_to_quantize=["MatMul"],
             nodes_to_quantize=list(names) if method.linears_only else None,
             calibrate_method=getattr(CalibrationMethod, method.arguments["calibrate_method"]),
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+            # A stride of one input: histograms of all at once need inputs of one size.
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "CalibStridedMinMax": 1},
         )
 
 
@@ -135,7 +138,14 @@ class _Reader:
     """The calibration data reader that onnxruntime asks for."""
 
     def __init__(self, feeds: Sequence[Arrays]) -> None:
+        self._feeds = feeds
         self._rest = iter(feeds)
+
+    def __len__(self) -> int:
+        return len(self._feeds)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._rest = iter(self._feeds[start_index:end_index])
 
     def get_next(self) -> Arrays | None:
         return next(self._rest, None)

@@ -132,7 +132,7 @@ def read_tensor(folder: Path, tensor: ir.TensorProtocol) -> NDArray:
 
 
 def check_finite(folder: Path, models: Iterable[ir.Model]) -> None:
-    """Refuse weights with NaN or infinity, by name.
+    """Refuse weights with NaN or infinity, by name and file.
 
     Raises:
         BundleError: the first such weight, with how many of its values are affected.
@@ -141,4 +141,7 @@ def check_finite(folder: Path, models: Iterable[ir.Model]) -> None:
         for name, value in model.graph.initializers.items():
             values = read_tensor(folder, value.const_value)
             if value.dtype.is_floating_point() and (count := count_not_finite(values)):
-                raise BundleError(f"weight {name} holds {count} values that are NaN or infinite; nothing can be scaled")
+                file = getattr(value.const_value, "location", "the graph")
+                raise BundleError(
+                    f"weight {name} in {folder}/{file} holds {count} values that are NaN or infinite; nothing can be scaled"
+                )

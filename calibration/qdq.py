@@ -110,8 +110,8 @@ def insert_qdq(
 def _stack_remainder(graph: ir.Graph, group: Group, scale: Array, form: Format) -> ir.Value:
     """``[x, (x - DQ(Q(x))) / remainder]``, (2, ...): what rounding leaves over, magnified until it has the range of x.
 
-    One product then takes both with one scale. With two products, each with its own scale, TensorRT-RTX 1.7.1 stored the
-    weight twice, and crashed where FP8 was in a bf16 or fp16 graph for compute capability 8.9.
+    One product then takes both with one scale. With two products, each with its own scale, TensorRT-RTX 1.7.1 crashed where
+    FP8 was in a bf16 or fp16 graph for compute capability 8.9.
     """
     first, x = group.linears[0], group.input
     name, before, kind, shape = first.name, first.matmul, ir.DataType.from_numpy(group.kind), x.shape

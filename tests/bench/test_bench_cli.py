@@ -1,11 +1,14 @@
 """metaembed-bench: what it writes, and one sentence for each mistake."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from metaembed.bench.cli import main
+from metaembed.runtime.manifest import Bundle, write_manifest
 
 SMALL = ["--count", "12", "--queries", "4", "2", "2", "--quiet"]
 
@@ -72,3 +75,22 @@ def test_a_missing_or_broken_checkpoint_is_one_sentence(tmp_path, capsys, conten
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "model.safetensors" in error
+
+
+def test_a_quantised_demo_has_the_checkpoints_quality_beside_it(demo_bundle, tmp_path, capsys):
+    """Two copies of the demo said to be quantised, of the demo and of another model; their weights are the checkpoint's own, so
+    that ONNX Runtime and PyTorch rank alike."""
+    manifest = Bundle.open(demo_bundle).manifest
+    command = ["--count", "12", "--queries", "4", "2", "2", "--budget", "8,16", "--quiet"]
+    for model, columns in (("demo", 8), ("another", 6)):
+        folder = shutil.copytree(demo_bundle, tmp_path / model)
+        write_manifest(folder, replace(manifest, model=model, quantization={"type": "int8"}, parity=None))
+        assert main(["quality", str(folder), *command]) == 0
+        out = capsys.readouterr().out
+        assert ("demo, fp32 in PyTorch" in out) is (model == "demo")
+        assert len(out.splitlines()[-1].split()) == columns
+    assert main(["quality", str(tmp_path / "another"), *command, "--against", "demo"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert (row[1], row[-1]) == (row[-2], "(+0.0000)")
+    assert main(["quality", str(demo_bundle), *command, "--against", "nothing"]) == 2
+    assert "there is no model 'nothing'" in capsys.readouterr().err

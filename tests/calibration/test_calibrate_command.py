@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file
 
+from metaembed.bench.calibration import plan_int8_weights
 from metaembed.calibration import quantise, sensitivity
 from metaembed.calibration.cli import main
 from metaembed.calibration.dataset import CalibrationSet
@@ -82,6 +83,12 @@ def test_a_bf16_bundle_is_quantised_and_its_float32_twins_keep_the_ranking(
         ]
         assert types
         assert set(types) == {"BFLOAT16"}
+    if form == "int8":  # what docs/calibration.md says of the large models by the same arithmetic
+        files = (tmp_path / "quantised/weights").iterdir()
+        stored = sum(array.nbytes for file in files for array in load_file(file).values())
+        planned = plan_int8_weights(Bundle.open(bf16_bundle).manifest.geometry)
+        assert stored == planned["int8_bytes"]
+        assert planned["ratio"] < 0.55
 
 
 def test_twins_that_hold_other_linears_are_refused(bf16_bundle, calibration_set, tmp_path):

@@ -19,6 +19,9 @@ COMMANDS = {
     "metaembed-index": "metaembed.runtime.cli_index:main",
     "metaembed-search": "metaembed.runtime.cli_search:main",
 }
+# What the running code reads on any machine. PTX is compiled by the GPU's own driver; the C kernels are not here, since an installed
+# package has them for its own processor only, and a device scores with its engine, the PTX or numpy. The demo stays at home.
+PACKED = {".py", ".ptx", ".typed"}
 EPOCH = (1980, 1, 1, 0, 0, 0)  # fixed times: the same code gives the same bytes
 
 
@@ -51,7 +54,7 @@ def package_version() -> str:
 
 
 def _modules(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.suffix == ".py" or path.name == "py.typed")
+    return sorted(path for path in root.iterdir() if path.suffix in PACKED)
 
 
 def _entry_points(files: dict[str, bytes]) -> str:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from metaembed.export import device_wheel
 from metaembed.export.cli_build import main as build_command
 from metaembed.runtime.cli_check import main as check_command
 from metaembed.runtime.manifest import LANGUAGE, MANIFEST, Bundle
+
+ROOT = Path(__file__).parents[2]
 
 
 def copy_of(bundle, folder):
@@ -116,6 +120,18 @@ def test_a_kit_of_a_kit_has_a_wheel_that_pip_takes(tmp_path, monkeypatch, versio
     monkeypatch.setattr(device_wheel, "package_version", lambda: version)
     wheel = device_wheel.write_device_wheel(tmp_path)
     assert str(parse_wheel_filename(wheel.name)[1]) == "0.1.0+device"
+
+
+def test_the_wheel_of_a_bf16_kit_has_the_package_data_that_its_device_needs(narrow_demo, tmp_path):
+    """Expected: what pyproject.toml packages beside the modules of metaembed.runtime."""
+    assert build_command([str(narrow_demo("bf16")), "--target", "orin", "-o", str(tmp_path / "kit"), "--quiet"]) == 0
+    (wheel,) = (tmp_path / "kit").glob("*.whl")
+    lines = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")[2]
+    patterns = re.findall('"([^"]+)"', re.search(r'"metaembed.runtime" = \[(.*)\]', lines)[1])
+    data = {f"metaembed/runtime/{path.name}" for pattern in patterns for path in (ROOT / "runtime").glob(pattern)}
+    assert "metaembed/runtime/_maxsim.ptx" in data
+    with zipfile.ZipFile(wheel) as archive:
+        assert data <= set(archive.namelist())
 
 
 def test_the_kits_wheel_installs_and_its_command_runs_there(kit, tmp_path):

@@ -207,6 +207,25 @@ def test_float32_bundles_are_not_for_the_kernel(demo_bundle: Path):
     assert open_kernel(Bundle.open(demo_bundle, verify=False)) is None
 
 
+def test_an_installation_without_the_ptx_scores_by_the_graph(narrow_demo, monkeypatch: pytest.MonkeyPatch, caplog):
+    """A device kit's wheel lacked the PTX, and metaembed-check ended there on every GPU from 8.0 on."""
+
+    class Gpu:
+        name, capability = "a GPU", (8, 7)
+
+        def use(self):
+            pass
+
+        def load_module(self, ptx):
+            raise AssertionError("there is nothing to load")
+
+    monkeypatch.setattr(gpu_kernel, "find_gpu", Gpu)
+    monkeypatch.setattr(gpu_kernel, "PTX", Path("lacking.ptx"))
+    assert open_kernel(Bundle.open(narrow_demo("bf16"), verify=False)) is None
+    assert "does not start on a GPU" in caplog.text
+    assert "lacking.ptx" in caplog.text
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(find_gpu() is None or find_gpu().capability < (8, 0), reason="needs an NVIDIA GPU from 8.0 on")
 @pytest.mark.parametrize("kind", TYPES)

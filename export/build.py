@@ -47,50 +47,65 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
-class BuildResult:
-    """What came of it: ``record`` (build.json) of engines, or the ``kit``'s folder and the ``command`` to run there."""
+class CheckedTarget:
+    """A target that nothing known beforehand stands against: its ``route``, and for a kit its folder and the further
+    ``words`` of the command to run there."""
 
     route: str
     preflight: Preflight
+    kit: Path | None = None
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What came of it: ``record`` (build.json) of engines, or the ``kit``'s folder and the ``command`` to run there."""
+
     record: dict[str, Any] | None = None
     kit: Path | None = None
     command: str | None = None
 
 
-def build_target(
-    bundle: Bundle,
-    device: Device,
-    options: BuildOptions,
-    *,
-    output: Path | None = None,
-    force: bool = False,
-    dry_run: bool = False,
-    on_event: Callable[[str, Event], None] = lambda engine, event: None,
-) -> BuildResult:
-    """Build engines for a device into the bundle, or write a kit (to ``output``) where that is impossible here.
+def check_build(
+    bundle: Bundle, device: Device, options: BuildOptions, *, output: Path | None = None, force: bool = False
+) -> CheckedTarget:
+    """All checks of one target, before any work. ``output`` names the folder of a kit.
 
     Raises:
         UsageError: something that is known beforehand stands in the way; nothing has been done.
-        MetaEmbedError: the builder failed; nothing is left but its log.
     """
     route, builder = _choose_builder(device, options.flavour)
     preflight = check_target(bundle, device, chosen_engines(bundle.manifest, options), **builder)
     if route == KIT:
-        kit, words = _check_kit_folder(bundle.folder, device, output, force), _kit_words(bundle, options)
-        if dry_run:
-            return BuildResult(route, preflight)
-        write_device_kit(bundle, preflight, kit, words, force=force)
-        return BuildResult(route, preflight, kit=kit, command=build_command(bundle, device, words))
+        kit = _check_kit_folder(bundle.folder, device, output, force)
+        return CheckedTarget(route, preflight, kit, _kit_words(bundle, options))
     if output:
         raise UsageError("engines are built into the bundle itself; -o is for a device kit")
     check_place(bundle, device, force=force)
-    if dry_run:
-        return BuildResult(route, preflight)
-    return BuildResult(route, preflight, record=build_engines(bundle, preflight, force=force, on_event=on_event))
+    return CheckedTarget(route, preflight)
+
+
+def build_target(
+    bundle: Bundle,
+    target: CheckedTarget,
+    *,
+    force: bool = False,
+    on_event: Callable[[str, Event], None] = lambda engine, event: None,
+) -> BuildResult:
+    """Build a checked target's engines into the bundle, or write its kit where that is impossible here.
+
+    Raises:
+        MetaEmbedError: the builder failed; nothing is left but its log.
+    """
+    if target.kit is None:
+        return BuildResult(record=build_engines(bundle, target.preflight, force=force, on_event=on_event))
+    write_device_kit(bundle, target.preflight, target.kit, target.words, force=force)
+    command = build_command(bundle, target.preflight.device, target.words)
+    return BuildResult(kit=target.kit, command=command)
 
 
 def check_before_export(manifest: Manifest, folder: Path, device: Device, *, force: bool = False) -> None:
-    """Refuse what ``build_target``, with its defaults, would refuse of the bundle that ``folder`` will be.
+    """Refuse what ``check_build``, with its defaults, would refuse of the bundle that ``folder`` will be.
 
     Args:
         manifest: the bundle's, as far as the request tells; of ``files`` the names count.

@@ -339,7 +339,7 @@ def test_a_builder_that_dies_is_one_sentence(tmp_path, monkeypatch, script, sent
 
 
 def test_an_interrupted_build_stops_its_worker_and_leaves_nothing(folder):
-    from metaembed.export.build import BuildOptions, build_target
+    from metaembed.export.build import BuildOptions, build_target, check_build
     from metaembed.runtime.devices import find_device
 
     def interrupt(engine, event):
@@ -348,7 +348,7 @@ def test_an_interrupted_build_stops_its_worker_and_leaves_nothing(folder):
     bundle = Bundle.open(folder)
     options = BuildOptions(budgets=bundle.manifest.budgets)
     with pytest.raises(KeyboardInterrupt):
-        build_target(bundle, find_device("a100"), options, on_event=interrupt)
+        build_target(bundle, check_build(bundle, find_device("a100"), options), on_event=interrupt)
     assert [path.name for path in (folder / "engines").iterdir()] == ["a100-80gb.log"]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from metaembed.export import engine
+from metaembed.export.cli_build import main
 from metaembed.export.preflight import check_target
 from metaembed.export.profiles import Sizes, plan_engines
 from metaembed.runtime.devices import find_device
@@ -26,6 +27,7 @@ from metaembed.runtime.manifest import MANIFEST, Bundle, FileRecord
 KILLED_BUILD = """
 import os, sys
 from metaembed.export import engine
+from metaembed.export.cli_build import main
 from metaembed.export.cli_build import main
 engine.build_engine = lambda *arguments: os.kill(os.getpid(), 9)
 main([sys.argv[1], "--target", "a100", "--quiet"])
@@ -62,6 +64,25 @@ def build(folder, target, **options):
 
 def targets(folder):
     return [found.target for found in read_engine_sets(Bundle.open(folder))]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--target", "a100", "--target", "l4"], "l4 exists already; -f builds it again"),
+        (["--target", "a100", "--target", "orin"], "is no bundle, so it is not replaced"),
+        (["--target", "a10", "--target", "t4", "--flavour", "tensorrt_rtx"], "does not build these graphs"),
+    ],
+    ids=["engines exist", "no room for a kit", "no kernels"],
+)
+def test_every_target_is_checked_before_the_first_is_built(folder, meanwhile, monkeypatch, capsys, arguments, reason):
+    monkeypatch.setattr("metaembed.export.build.installed_versions", lambda: {"tensorrt_rtx": "1.7.1.116"})
+    build(folder, "l4")
+    (folder.parent / "bundle-kit-agx-orin-64gb").mkdir()
+    (folder.parent / "bundle-kit-agx-orin-64gb" / "thesis.txt").touch()
+    assert main([str(folder), *arguments, "--quiet"]) == 2
+    assert reason in capsys.readouterr().err
+    assert targets(folder) == ["l4"]
 
 
 def test_two_builds_at_once_are_both_vouched_for(folder, meanwhile):

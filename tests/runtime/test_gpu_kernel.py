@@ -4,6 +4,7 @@ GPU. What it should give is MaxSim in float64."""
 from __future__ import annotations
 
 import ctypes
+import logging
 import shutil
 import subprocess
 from pathlib import Path
@@ -221,7 +222,9 @@ def test_an_installation_without_the_ptx_scores_by_the_graph(narrow_demo, monkey
 
     monkeypatch.setattr(gpu_kernel, "find_gpu", Gpu)
     monkeypatch.setattr(gpu_kernel, "PTX", Path("lacking.ptx"))
-    assert open_kernel(Bundle.open(narrow_demo("bf16"), verify=False)) is None
+    bundle = Bundle.open(narrow_demo("bf16"), verify=False)
+    with caplog.at_level(logging.WARNING, "metaembed"):
+        assert open_kernel(bundle) is None
     assert "does not start on a GPU" in caplog.text
     assert "lacking.ptx" in caplog.text
 

@@ -144,7 +144,7 @@ def chosen_engines(manifest: Manifest, options: BuildOptions) -> tuple[EngineSpe
     dim, query = manifest.geometry.dim, manifest.largest.query
     sizes = {budget.candidate for budget in manifest.budgets}
     chunks = {size: chunk_size(MEMORY_BYTES, QUERIES, query, size, dim) for size in sizes}
-    return (*engines, scorer_engine(dim, query, QUERIES, chunks))
+    return (*engines, scorer_engine(dim, query, QUERIES, chunks, narrow=manifest.precision != "fp32"))
 
 
 def _check_kit_folder(bundle: Path, device: Device, output: Path | None, force: bool) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 from metaembed.runtime.devices import Device
 from metaembed.runtime.engines import BUILD_RECORD, ENGINES_FORMAT, ENGINES_VERSION, engines_folder
 from metaembed.runtime.errors import BundleError, UsageError
-from metaembed.runtime.manifest import ENGINES, SCORER, Bundle, FileRecord, Manifest, record_files, save_manifest
+from metaembed.runtime.manifest import ENGINES, Bundle, FileRecord, Manifest, record_files, save_manifest
 from metaembed.runtime.staging import scratch_folder
 from metaembed.runtime.user_cache import user_cache
 
@@ -50,6 +50,7 @@ class BuiltEngine:
             "name": self.spec.name,
             "graph": self.spec.graph,
             "plan": f"{self.spec.name}.plan",
+            "tf32": self.spec.tf32,
             "bytes": self.record.bytes,
             "sha256": self.record.sha256,
             "seconds": round(self.seconds, 2),
@@ -121,8 +122,7 @@ def build_engine(
         "capability": preflight.device.capability,
         "profiles": [profile.to_json() for profile in spec.profiles],
         "timing_cache": (cache := timing_cache_path(preflight)) and str(cache),
-        # The scorer of a narrow bundle widens bf16 or fp16, which TensorFloat-32 holds exactly.
-        "tf32": spec.graph == SCORER and bundle.manifest.precision != "fp32",
+        "tf32": spec.tf32,
         "log": str(log.resolve()),
     }
     start, read_from = time.monotonic(), log.stat().st_size

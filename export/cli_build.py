@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from metaembed.runtime.budget import Budget, parse_budgets
-from metaembed.runtime.command import EXIT_DONE, Parser, run_command
+from metaembed.runtime.command import EXIT_DONE, Parser, natural, run_command
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.manifest import ENGINES, Bundle
+from metaembed.runtime.memory import GIB
 
 from .profiles import LAYOUTS
 from .route import ROUTES
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--side", choices=("query", "candidate"), help="build for one side only")
     add("--profile-per-budget", action="store_true", help="tune a profile for every size; takes longer to build")
     add("--max-batch", type=int, metavar="N", help="most items at once (default: 8 queries, 4 candidates)")
+    add("--swap", type=natural, default=0, metavar="GIB", help="swap that the device of a kit will have while it builds; "
+        "this machine's own is measured")  # fmt: skip
     add("-o", "--output", type=Path, help="the device kit's folder (default: BUNDLE-kit-TARGET)")
     add("-f", "--force", action="store_true", help="replace engines, or a kit, that exist")
     add("--dry-run", action="store_true", help="check everything and print the plan; build nothing")
@@ -55,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .build import BuildOptions, build_target, check_build
+    from .build import build_target, check_build
+    from .build_options import BuildOptions
     from .route import find_targets
 
     bundle = Bundle.open(args.bundle, ignore=ENGINES)  # damaged engines are what -f mends
@@ -70,7 +74,12 @@ def run(args: argparse.Namespace) -> int:
     targets = find_targets(args.target)
     if args.output and len(targets) > 1:
         raise UsageError("-o names one kit, and several targets were given")
-    checked = [check_build(bundle, device, options, output=args.output, force=args.force) for device in targets]
+    checked = [
+        check_build(bundle, device, options, output=args.output, force=args.force, swap=args.swap * GIB)
+        for device in targets
+    ]
+    if args.swap and not any(target.kit for target in checked):
+        raise UsageError("--swap is for a device kit; this machine's own swap is measured")
     for target in checked:
         if args.dry_run or not args.quiet:
             print(target.preflight.table())

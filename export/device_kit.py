@@ -14,7 +14,9 @@ from metaembed.runtime.staging import staged_folder
 from metaembed.runtime.weights import place_file
 
 from .device_wheel import write_device_wheel
-from .preflight import KIT_TENSORRT, Preflight, gib
+from .memory import gib
+from .memory_check import swap_needed
+from .preflight import KIT_TENSORRT, Preflight
 
 KIT_RECORD, RECIPE, REQUIREMENTS = "kit.json", "BUILD.md", "requirements.txt"
 
@@ -109,6 +111,7 @@ def write_recipe(preflight: Preflight, record: dict[str, Any], wheel: str, *, go
         f"- Memory: about {gib(estimate.build_peak)} while building (an estimate), {gib(estimate.serving)} while serving.",
         f"- Disk: about {gib(estimate.plans)} for the plans.",
         "",
+        *_swap_lines(swap_needed(device, estimate)),
         "```sh",
         f"python3 -m venv{site} .venv && . .venv/bin/activate",
         f"pip install -r {REQUIREMENTS}",
@@ -120,6 +123,21 @@ def write_recipe(preflight: Preflight, record: dict[str, Any], wheel: str, *, go
         "",
     ]
     return "\n".join(lines)
+
+
+def _swap_lines(amount: int) -> list[str]:
+    """How to give the board the swap that its build needs; nothing where it needs none."""
+    if not amount:
+        return []
+    return [
+        f"The build needs {amount} GiB of swap, which the board may be given by:",
+        "",
+        "```sh",
+        f"sudo fallocate -l {amount}G /swapfile && sudo chmod 600 /swapfile",
+        "sudo mkswap /swapfile && sudo swapon /swapfile",
+        "```",
+        "",
+    ]
 
 
 def _system_lines(device: Device) -> list[str]:

@@ -19,8 +19,8 @@ COMMANDS = {
     "metaembed-index": "metaembed.runtime.cli_index:main",
     "metaembed-search": "metaembed.runtime.cli_search:main",
 }
-# What the running code reads on any machine. PTX is compiled by the GPU's own driver; the C kernels are not here, since an installed
-# package has them for its own processor only, and a device scores with its engine, the PTX or numpy. The demo stays at home.
+# What the running code reads on any machine. PTX is compiled by the GPU's own driver. Not the C kernels: they are compiled for this
+# machine's processor, and a wheel's sources are compiled nowhere; a device scores with the PTX, its engine or numpy. Not the demo.
 PACKED = {".py", ".ptx", ".typed"}
 EPOCH = (1980, 1, 1, 0, 0, 0)  # fixed times: the same code gives the same bytes
 

@@ -180,9 +180,7 @@ def vision_profile(sizes: Sizes, images: int) -> Profile:
     )
 
 
-def scorer_engine(
-    dim: int, query: int, queries: int, chunks: Mapping[int, int], *, narrow: bool = False
-) -> EngineSpec:
+def scorer_engine(dim: int, query: int, queries: int, chunks: Mapping[int, int], *, narrow: bool = False) -> EngineSpec:
     """The engine of a scorer: up to ``queries`` queries of up to ``query`` vectors, and a profile for each size of candidates.
 
     ``chunks``: vectors of a candidate -> candidates at once. One profile over all sizes would allow the chunk of the largest

@@ -20,9 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from metaembed.export.cli_build import main as build_command
 from metaembed.export.engine_process import MemoryWatch, run_worker
 from metaembed.export.memory import count_weights
-from metaembed.export.profiles import Sizes, plan_engines, scorer_engine
+from metaembed.export.profiles import scorer_engine
 from metaembed.export.scorer import write_scorer
-from metaembed.runtime.budget import Budget
 from metaembed.runtime.cli_check import main as check_command
 from metaembed.runtime.engines import read_engine_sets
 from metaembed.runtime.errors import MetaEmbedError
@@ -327,7 +326,8 @@ def test_a_builder_that_dies_is_one_sentence(tmp_path, monkeypatch, script, sent
 
 
 def test_an_interrupted_build_stops_its_worker_and_leaves_nothing(folder):
-    from metaembed.export.build import BuildOptions, build_target, check_build
+    from metaembed.export.build import build_target, check_build
+    from metaembed.export.build_options import BuildOptions
     from metaembed.runtime.devices import find_device
 
     def interrupt(engine, event):

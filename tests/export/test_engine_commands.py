@@ -14,7 +14,9 @@ LANGUAGE = plan_engines(Sizes(7, 1176, 16, 100, 160), (Budget(8, 16),))[1]
 
 def test_the_trtexec_line_has_a_group_of_shapes_per_profile_and_no_flag_that_its_version_lacks():
     line = trtexec_command(LANGUAGE, "tensorrt", (8, 7), "10.3.0")
-    assert line.startswith("trtexec --onnx=language.onnx --saveEngine=language.plan --stronglyTyped --noTF32 --skipInference")
+    assert line.startswith(
+        "trtexec --onnx=language.onnx --saveEngine=language.plan --stronglyTyped --noTF32 --skipInference"
+    )
     assert line.count("--profile=") == 2
     assert line.count("--maxShapes=") == 2
     assert "rows:8 " in line
@@ -37,4 +39,6 @@ def test_tensorrt_rtx_takes_capabilities_without_a_dot_and_polygraphy_with_one(c
     line = trtexec_command(LANGUAGE, "tensorrt_rtx", capability, "1.7.1")
     assert f"--computeCapabilities={written}" in line.split()
     assert "TF32" not in line, "our builder leaves TensorRT-RTX's own setting alone"
-    assert f"--compute-capabilities {written[:-1]}.{written[-1]}" in polygraphy_command(LANGUAGE, "tensorrt_rtx", capability)
+    assert f"--compute-capabilities {written[:-1]}.{written[-1]}" in polygraphy_command(
+        LANGUAGE, "tensorrt_rtx", capability
+    )

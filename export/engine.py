@@ -20,7 +20,7 @@ from typing import Any
 from metaembed.runtime.devices import Device
 from metaembed.runtime.engines import BUILD_RECORD, ENGINES_FORMAT, ENGINES_VERSION, engines_folder
 from metaembed.runtime.errors import BundleError, UsageError
-from metaembed.runtime.manifest import ENGINES, Bundle, FileRecord, Manifest, record_files, save_manifest
+from metaembed.runtime.manifest import ENGINES, Bundle, FileRecord, Manifest, record_files, remedy, save_manifest
 from metaembed.runtime.staging import scratch_folder
 from metaembed.runtime.user_cache import user_cache
 
@@ -174,7 +174,8 @@ def _publish(bundle: Bundle, scratch: Path, place: Path, *, force: bool) -> None
             raise UsageError(f"{place} was built by another process meanwhile; -f builds it again")
         manifest = Bundle.open(bundle.folder, verify=False, ignore=ENGINES).manifest
         if manifest.fingerprint != bundle.manifest.fingerprint:
-            raise BundleError(f"{bundle.folder} became another bundle while its engines were built; build them again")
+            found = f"{bundle.folder} became another bundle while its engines were built"
+            raise BundleError(f"{found}; {remedy(bundle.folder, f'{prefix}/{BUILD_RECORD}')}")
         kept = {name: record for name, record in manifest.files.items() if not name.startswith(prefix + "/")}
         if place.exists():
             save_manifest(bundle.folder, replace(manifest, files=kept))

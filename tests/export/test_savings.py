@@ -90,7 +90,12 @@ def test_where_no_change_is_enough_those_that_lower_the_number_are_named(bundle)
     assert "none of these is enough alone" in sentence
     before = asked.sizes(asked.bundle.manifest, asked.engines).serving
     named = [change for way in asked.changes() for change in way if f"{change.words} (" in sentence]
-    assert {change.words for change in named} >= {"--quantize int8", "--max-image-tokens 64", "--side candidate", "--max-batch 1"}
+    assert {change.words for change in named} >= {
+        "--quantize int8",
+        "--max-image-tokens 64",
+        "--side candidate",
+        "--max-batch 1",
+    }
     assert all(asked.sizes(change.manifest, change.engines).serving < before for change in named)
 
 

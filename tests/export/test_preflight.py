@@ -7,7 +7,7 @@ import onnx
 import pytest
 from safetensors import safe_open
 
-from metaembed.export.device_kit import TENSORRT_PIN
+from metaembed.export.device_kit import TENSORRT_PINS
 from metaembed.export.memory import count_weights, estimate_build
 from metaembed.export.onnx_header import read_opset
 from metaembed.export.preflight import check_opset, check_target, check_types, newest_opset, version_key
@@ -125,8 +125,7 @@ def test_an_opset_beyond_the_parser_is_refused(bundle, tmp_path):
 
 def test_a_kit_installs_a_tensorrt_that_parses_every_opset(bundle, monkeypatch):
     """onnx-tensorrt's docs/operators.md: opset 20 up to release 10.14, 24 from 10.15. With an older pin the kit is refused."""
-    name, _, version = TENSORRT_PIN.partition("==")
-    assert name == "tensorrt-cu12"
+    version = dict(pin.split("==") for pin in TENSORRT_PINS)["tensorrt-cu12"]
     assert tuple(map(int, version.split(".")[:2])) >= (10, 15)
     monkeypatch.setattr("metaembed.export.preflight.KIT_TENSORRT", "10.2.0")
     monkeypatch.setattr("metaembed.export.preflight.read_opset", lambda path: 23)

@@ -34,7 +34,11 @@ class BuildOptions:
 
 
 def chosen_engines(manifest: Manifest, options: BuildOptions) -> tuple[EngineSpec, ...]:
-    """The engines that these options ask for."""
+    """The engines that these options ask for.
+
+    The scorer's is not cut to the budgets asked for but has all of the bundle's: a cascade scores prefixes before them, an index
+    may hold what another machine encoded at others, and metaembed-check replays every one. It has no weights; a plan is 1 MB.
+    """
     engines = plan_engines(
         Sizes.of(manifest),
         options.budgets,

@@ -78,13 +78,12 @@ def build_engines(
     ``on_event`` hears of each engine's progress: events of kind ``phase`` and ``step``, with TensorRT's names.
 
     Raises:
-        UsageError: the bundle has engines for this target already, and ``force`` is off.
+        UsageError: the bundle has engines for this target already, and ``force`` is off; another process is building them.
         MetaEmbedError: the builder refused the graph, crashed, or ran out of memory.
     """
     place = check_place(bundle, preflight.device, force=force)
     log = place.with_name(f"{place.name}.log")
-    with scratch_folder(place) as scratch:
-        log.write_text("", encoding="utf-8")
+    with scratch_folder(place) as scratch, _only_builder(place, log):
         built = [build_engine(bundle, preflight, spec, scratch, log, on_event) for spec in preflight.engines]
         record = _describe(bundle.manifest, preflight, built)
         (scratch / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -183,6 +182,18 @@ def _publish(bundle: Bundle, scratch: Path, place: Path, *, force: bool) -> None
         scratch.rename(place)
         names = sorted(f"{prefix}/{path.name}" for path in place.iterdir())
         save_manifest(bundle.folder, replace(manifest, files={**kept, **record_files(bundle.folder, names)}))
+
+
+@contextmanager
+def _only_builder(place: Path, log: Path) -> Iterator[None]:
+    """An empty log that no other build of this target writes to; the lock goes with the process, however that ends."""
+    with log.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{place} is being built by another process; wait for it, or end it first") from None
+        file.truncate(0)
+        yield
 
 
 @contextmanager

@@ -103,6 +103,21 @@ def test_the_second_of_two_builds_of_one_target_is_told(folder, meanwhile):
     assert theirs.exists()
 
 
+def test_a_second_build_of_one_target_is_refused_while_the_first_runs(folder, meanwhile):
+    """Both wrote to one log; the lock of the first, which another process would hold, is seen through another opening."""
+    log = folder / "engines" / "a100-80gb.log"
+
+    def second():
+        log.write_text("the first's lines")
+        with pytest.raises(UsageError, match="is being built by another process"):
+            build(folder, "a100", force=True)
+        assert log.read_text() == "the first's lines"
+
+    meanwhile.append(second)
+    build(folder, "a100")
+    assert targets(folder) == ["a100-80gb"]
+
+
 def test_a_builder_ends_with_the_process_that_ordered_it(tmp_path):
     """Found in review: a killed command left its builder, of gigabytes, running to its end."""
     child = "from metaembed.export.engine_worker import end_with_parent; import time; "

@@ -83,7 +83,7 @@ def build_engines(
     """
     place = check_place(bundle, preflight.device, force=force)
     log = place.with_name(f"{place.name}.log")
-    with scratch_folder(place) as scratch, _only_builder(place, log):
+    with _only_builder(place, log), scratch_folder(place) as scratch:
         built = [build_engine(bundle, preflight, spec, scratch, log, on_event) for spec in preflight.engines]
         record = _describe(bundle.manifest, preflight, built)
         (scratch / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -187,6 +187,7 @@ def _publish(bundle: Bundle, scratch: Path, place: Path, *, force: bool) -> None
 @contextmanager
 def _only_builder(place: Path, log: Path) -> Iterator[None]:
     """An empty log that no other build of this target writes to; the lock goes with the process, however that ends."""
+    log.parent.mkdir(exist_ok=True)
     with log.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from metaembed.export.build import BuildOptions, chosen_engines
+from metaembed.export.build_options import BuildOptions, chosen_engines
 from metaembed.export.engine import build_engine
 from metaembed.export.memory import count_weights, estimate_build
 from metaembed.export.preflight import Preflight, check_target

@@ -9,7 +9,7 @@ from metaembed.runtime.errors import UsageError
 
 from .records import Record, by_kernels, group, of_kind
 from .table import Table, TableKind, to_markdown
-from .tables_cost import make_export_parity, make_exports
+from .tables_cost import make_engine_layouts, make_export_parity, make_exports
 from .tables_gpu import make_gpu_latency, make_gpu_race, make_gpu_scoring
 from .tables_scoring import make_approximate, make_cascades, make_int8, make_scoring
 
@@ -143,29 +143,6 @@ def make_encoder_race(records: Sequence[Record]) -> Table | None:
     note = f"Median ms (p95), {machine['cpu']}, {found[-1]['threads']} threads. Ratios: the best of PyTorch over ours."
     ratios = (f"ratio, {name.removeprefix('bundle ')}" for name in ours)
     return Table(("processor", "model, input", *contestants, *ratios), tuple(rows), note)
-
-
-def make_engine_layouts(records: Sequence[Record]) -> Table | None:
-    found = of_kind(records, "engine_layout", "model", "precision", "target", "layout")
-    rows = tuple(
-        (
-            f"{r['model']} {r['precision']}, {r['layout']}",
-            f"{r['engines']}" + (f" ({r['engines_built']} built, the rest computed)" if _partly(r) else ""),
-            str(r["profiles"]),
-            f"{r['bytes'] / 1e9:,.3f}",
-            f"{r['bytes'] / r['weight_bytes']:.2f}",
-            f"{r['cpu_seconds']:,.0f}",
-            f"{r['peak_memory_bytes'] / 1e9:,.2f} ({r['estimated_peak_bytes'] / 1e9:,.2f})",
-        )
-        for r in found
-    )
-    head = ("model, layout", "engines", "profiles", "GB", "of the weights", "processor s", "peak GB (estimated)")
-    note = "Built ahead of time, without a GPU, by {builder} for {target}: size and cost of building, no speed."
-    return Table(head, rows, note.format(**found[-1])) if found else None
-
-
-def _partly(record: Record) -> bool:
-    return bool(record["engines_built"] < record["engines"])
 
 
 def _ndcg_change(run: Record) -> float:

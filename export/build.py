@@ -8,89 +8,98 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metaembed.runtime.budget import Budget
 from metaembed.runtime.cuda import find_gpu
 from metaembed.runtime.devices import Device
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.graph_maxsim import MEMORY_BYTES, QUERIES, chunk_size
-from metaembed.runtime.manifest import SCORER, Bundle, Manifest
+from metaembed.runtime.manifest import Bundle, Manifest
 from metaembed.runtime.staging import check_output
 
+from .build_options import BuildOptions, chosen_engines
 from .device_kit import build_command, write_device_kit
 from .engine import build_engines, check_place
 from .engine_process import Event
 from .preflight import Preflight, check_planned, check_target
-from .profiles import EngineSpec, Sizes, plan_engines, scorer_engine
 from .route import KIT, choose_route, installed_versions
+from .savings import possible_changes
 
-QUERY_BATCH, CANDIDATE_BATCH = 8, 4
 
+@dataclass(frozen=True)
+class CheckedTarget:
+    """A target that nothing known beforehand stands against: its ``route``, and for a kit its folder and the further
+    ``words`` of the command to run there."""
 
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """What to cut engines to, and how. ``flavour`` insists on a route; ``side`` keeps one side's profiles only."""
-
-    budgets: tuple[Budget, ...]
-    layout: str = "shared"
-    side: str | None = None
-    profile_per_budget: bool = False
-    max_batch: int | None = None
-    flavour: str | None = None
-
-    def words(self) -> str:
-        """These options as metaembed-build's arguments, for a kit's command."""
-        words = [f"--layout {self.layout}"] if self.layout != "shared" else []
-        words += [f"--side {self.side}"] if self.side else []
-        words += ["--profile-per-budget"] if self.profile_per_budget else []
-        words += [f"--max-batch {self.max_batch}"] if self.max_batch else []
-        return " ".join(words)
+    route: str
+    preflight: Preflight
+    kit: Path | None = None
+    words: str = ""
 
 
 @dataclass(frozen=True)
 class BuildResult:
     """What came of it: ``record`` (build.json) of engines, or the ``kit``'s folder and the ``command`` to run there."""
 
-    route: str
-    preflight: Preflight
     record: dict[str, Any] | None = None
     kit: Path | None = None
     command: str | None = None
 
 
-def build_target(
+def check_build(
     bundle: Bundle,
     device: Device,
     options: BuildOptions,
     *,
     output: Path | None = None,
     force: bool = False,
-    dry_run: bool = False,
-    on_event: Callable[[str, Event], None] = lambda engine, event: None,
-) -> BuildResult:
-    """Build engines for a device into the bundle, or write a kit (to ``output``) where that is impossible here.
+    swap: int = 0,
+) -> CheckedTarget:
+    """All checks of one target, before any work.
+
+    Args:
+        output: the folder of a kit.
+        swap: bytes that a kit's device will have while it builds.
 
     Raises:
         UsageError: something that is known beforehand stands in the way; nothing has been done.
-        MetaEmbedError: the builder failed; nothing is left but its log.
     """
     route, builder = _choose_builder(device, options.flavour)
-    preflight = check_target(bundle, device, chosen_engines(bundle.manifest, options), **builder)
+    preflight = check_target(
+        bundle,
+        device,
+        chosen_engines(bundle.manifest, options),
+        **builder,
+        swap=swap,
+        changes=possible_changes(bundle.manifest, device, options),
+    )
     if route == KIT:
-        kit, words = _check_kit_folder(bundle.folder, device, output, force), _kit_words(bundle, options)
-        if dry_run:
-            return BuildResult(route, preflight)
-        write_device_kit(bundle, preflight, kit, words, force=force)
-        return BuildResult(route, preflight, kit=kit, command=build_command(bundle, device, words))
+        kit = _check_kit_folder(bundle.folder, device, output, force)
+        return CheckedTarget(route, preflight, kit, _kit_words(bundle, options))
     if output:
         raise UsageError("engines are built into the bundle itself; -o is for a device kit")
     check_place(bundle, device, force=force)
-    if dry_run:
-        return BuildResult(route, preflight)
-    return BuildResult(route, preflight, record=build_engines(bundle, preflight, force=force, on_event=on_event))
+    return CheckedTarget(route, preflight)
+
+
+def build_target(
+    bundle: Bundle,
+    target: CheckedTarget,
+    *,
+    force: bool = False,
+    on_event: Callable[[str, Event], None] = lambda engine, event: None,
+) -> BuildResult:
+    """Build a checked target's engines into the bundle, or write its kit where that is impossible here.
+
+    Raises:
+        MetaEmbedError: the builder failed; nothing is left but its log.
+    """
+    if target.kit is None:
+        return BuildResult(record=build_engines(bundle, target.preflight, force=force, on_event=on_event))
+    write_device_kit(bundle, target.preflight, target.kit, target.words, force=force)
+    command = build_command(bundle, target.preflight.device, target.words)
+    return BuildResult(kit=target.kit, command=command)
 
 
 def check_before_export(manifest: Manifest, folder: Path, device: Device, *, force: bool = False) -> None:
-    """Refuse what ``build_target``, with its defaults, would refuse of the bundle that ``folder`` will be.
+    """Refuse what ``check_build``, with its defaults, would refuse of the bundle that ``folder`` will be.
 
     Args:
         manifest: the bundle's, as far as the request tells; of ``files`` the names count.
@@ -99,7 +108,9 @@ def check_before_export(manifest: Manifest, folder: Path, device: Device, *, for
         UsageError: the target's builder is not installed, what it lacks, or why its kit cannot be written.
     """
     route, builder = _choose_builder(device, None)
-    check_planned(manifest, device, chosen_engines(manifest, BuildOptions(budgets=manifest.budgets)), **builder)
+    options = BuildOptions(budgets=manifest.budgets)
+    changes = possible_changes(manifest, device, options)
+    check_planned(manifest, device, chosen_engines(manifest, options), **builder, changes=changes)
     if route == KIT:
         _check_kit_folder(folder, device, None, force)
 
@@ -111,25 +122,6 @@ def _choose_builder(device: Device, asked: str | None) -> tuple[str, dict[str, A
     if route == KIT:
         return route, {"flavour": "tensorrt", "version": None, "builds_here": False}
     return route, {"flavour": route, "version": installed.get(route), "builds_here": True}
-
-
-def chosen_engines(manifest: Manifest, options: BuildOptions) -> tuple[EngineSpec, ...]:
-    """The engines that these options ask for."""
-    engines = plan_engines(
-        Sizes.of(manifest),
-        options.budgets,
-        layout=options.layout,
-        side=options.side,
-        profile_per_budget=options.profile_per_budget,
-        query_batch=options.max_batch if options.max_batch is not None else QUERY_BATCH,
-        candidate_batch=options.max_batch if options.max_batch is not None else CANDIDATE_BATCH,
-    )
-    if SCORER not in manifest.files:
-        return engines
-    dim, query = manifest.geometry.dim, manifest.largest.query
-    sizes = {budget.candidate for budget in manifest.budgets}
-    chunks = {size: chunk_size(MEMORY_BYTES, QUERIES, query, size, dim) for size in sizes}
-    return (*engines, scorer_engine(dim, query, QUERIES, chunks))
 
 
 def _check_kit_folder(bundle: Path, device: Device, output: Path | None, force: bool) -> Path:

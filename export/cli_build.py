@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from metaembed.runtime.budget import Budget, parse_budgets
-from metaembed.runtime.command import EXIT_DONE, Parser, run_command
-from metaembed.runtime.devices import Device
+from metaembed.runtime.command import EXIT_DONE, Parser, natural, run_command
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.manifest import ENGINES, Bundle
+from metaembed.runtime.memory import GIB
 
 from .profiles import LAYOUTS
 from .route import ROUTES
+
+if TYPE_CHECKING:
+    from .build import BuildResult, CheckedTarget
 
 EPILOG = """examples:
   metaembed-build out --target a100               plans for compute capability 8.0, built here, without a GPU
@@ -45,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--side", choices=("query", "candidate"), help="build for one side only")
     add("--profile-per-budget", action="store_true", help="tune a profile for every size; takes longer to build")
     add("--max-batch", type=int, metavar="N", help="most items at once (default: 8 queries, 4 candidates)")
+    add("--swap", type=natural, default=0, metavar="GIB", help="swap that the device of a kit will have while it builds; "
+        "this machine's own is measured")  # fmt: skip
     add("-o", "--output", type=Path, help="the device kit's folder (default: BUNDLE-kit-TARGET)")
     add("-f", "--force", action="store_true", help="replace engines, or a kit, that exist")
     add("--dry-run", action="store_true", help="check everything and print the plan; build nothing")
@@ -53,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .build import BuildOptions, build_target
+    from .build import build_target, check_build
+    from .build_options import BuildOptions
     from .route import find_targets
 
     bundle = Bundle.open(args.bundle, ignore=ENGINES)  # damaged engines are what -f mends
@@ -68,15 +74,23 @@ def run(args: argparse.Namespace) -> int:
     targets = find_targets(args.target)
     if args.output and len(targets) > 1:
         raise UsageError("-o names one kit, and several targets were given")
-    for device in targets:
-        with ProgressBars(args.quiet) as bars:
-            result = build_target(
-                bundle, device, options, output=args.output, force=args.force, dry_run=args.dry_run, on_event=bars.hear
-            )
-        bundle = Bundle.open(args.bundle, verify=False, ignore=ENGINES)  # bundle.json has changed
+    checked = [
+        check_build(bundle, device, options, output=args.output, force=args.force, swap=args.swap * GIB)
+        for device in targets
+    ]
+    if args.swap and not any(target.kit for target in checked):
+        raise UsageError("--swap is for a device kit; this machine's own swap is measured")
+    for target in checked:
         if args.dry_run or not args.quiet:
-            print(result.preflight.table())
-        print(_result_line(args.bundle, device, result))
+            print(target.preflight.table())
+        if args.dry_run:
+            name = target.preflight.device.name
+            print(f"{args.bundle}: can be built for {name} ({target.route}); nothing was built (--dry-run)")
+            continue
+        with ProgressBars(args.quiet) as bars:
+            result = build_target(bundle, target, force=args.force, on_event=bars.hear)
+        bundle = Bundle.open(args.bundle, verify=False, ignore=ENGINES)  # bundle.json has changed
+        print(_result_line(args.bundle, target, result))
     return EXIT_DONE
 
 
@@ -92,16 +106,15 @@ def _chosen_budgets(texts: list[str] | None, bundle: Bundle) -> tuple[Budget, ..
     return chosen
 
 
-def _result_line(folder: Path, device: Device, result: Any) -> str:
-    if result.record is None and result.kit is None:
-        return f"{folder}: can be built for {device.name} ({result.route}); nothing was built (--dry-run)"
-    if result.kit is not None:
+def _result_line(folder: Path, target: CheckedTarget, result: BuildResult) -> str:
+    device = target.preflight.device
+    if result.record is None:
         return f"{result.kit}: device kit for {device.title}; copy it there and run, inside it: {result.command}"
     engines = ", ".join(
         f"{engine['name']}.plan {engine['bytes'] / 2**20:.1f} MiB" for engine in result.record["engines"]
     )
     where = f"{folder}/engines/{device.name}: {engines}"
-    if result.route == "tensorrt":
+    if target.route == "tensorrt":
         return f"{where}; now run metaembed-check {folder}"
     return (
         f"{where}; built ahead of time without a GPU: parsing, types, shapes and size are proven, "

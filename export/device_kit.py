@@ -9,16 +9,18 @@ from typing import Any
 
 from metaembed.runtime.devices import Device
 from metaembed.runtime.golden import SIDES, golden_path
-from metaembed.runtime.manifest import MANIFEST, Bundle, FileRecord
+from metaembed.runtime.manifest import MANIFEST, Bundle, record_files, save_manifest
 from metaembed.runtime.staging import staged_folder
 from metaembed.runtime.weights import place_file
 
+from .device_recipe import RECIPE, REQUIREMENTS, make_recipe
 from .device_wheel import write_device_wheel
-from .preflight import KIT_TENSORRT, Preflight, gib
+from .preflight import KIT_TENSORRT, Preflight
 
-KIT_RECORD, RECIPE, REQUIREMENTS = "kit.json", "BUILD.md", "requirements.txt"
+KIT_RECORD, SUMS = "kit.json", "SHA256SUMS"
 
-# Versions that have wheels for Python 3.10 to 3.12 on x86-64 and aarch64 (resolved for both JetPack Pythons).
+# Versions that have wheels for Python 3.10 to 3.12 on x86-64 and aarch64 (resolved for both JetPack Pythons). They are all: what
+# tokenizers names beside, huggingface_hub and ten more, it imports only to download, so pip is told to install no others.
 PINS = (
     "ml-dtypes==0.5.4",
     "numpy==2.2.6",
@@ -28,16 +30,13 @@ PINS = (
     "tokenizers==0.21.4",
     "tqdm==4.67.1",
 )
-VERIFIED = (
-    "The last line builds the engines and replays the golden vectors on them; it exits with 1 when they disagree.",
-    "Nothing about speed or accuracy on this device has been measured before that.",
+# For a device that is no Jetson and has no TensorRT of its own; x86-64, since this version has no aarch64 bindings for CUDA 12.
+TENSORRT_PINS = (
+    "nvidia-cuda-runtime-cu12==12.9.79",
+    f"tensorrt-cu12=={KIT_TENSORRT}",
+    f"tensorrt-cu12-bindings=={KIT_TENSORRT}",
+    f"tensorrt-cu12-libs=={KIT_TENSORRT}",
 )
-UNVERIFIED = (
-    "Nothing was verified: the bundle was exported without parity (--no-parity) and has no golden vectors. The last line",
-    "builds the engines and checks files only; it says nothing about accuracy. Export again to have embeddings compared.",
-)
-# For a device that is no Jetson and has no TensorRT of its own.
-TENSORRT_PIN = f"tensorrt-cu12=={KIT_TENSORRT}"
 
 
 def write_device_kit(bundle: Bundle, preflight: Preflight, output: Path, options: str, *, force: bool = False) -> Path:
@@ -55,15 +54,17 @@ def write_device_kit(bundle: Bundle, preflight: Preflight, output: Path, options
         for name in own:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             place_file(bundle.folder / name, folder / name)
-        manifest = json.dumps(replace(bundle.manifest, files=own).to_json(), indent=2) + "\n"
-        (folder / MANIFEST).write_text(manifest, encoding="utf-8")
+        save_manifest(folder, replace(bundle.manifest, files=own))
         wheel = write_device_wheel(folder)
-        requirements = PINS if device.jetpacks else (*PINS, TENSORRT_PIN)
+        requirements = PINS if device.jetpacks else (*PINS, *TENSORRT_PINS)
         (folder / REQUIREMENTS).write_text("\n".join(requirements) + "\n", encoding="utf-8")
-        record = describe_kit(device, build_command(bundle, device, options), folder, wheel)
-        (folder / KIT_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        recipe = write_recipe(preflight, record, wheel.name, golden=has_golden(bundle))
+        command = build_command(bundle, device, options)
+        (folder / KIT_RECORD).write_text(json.dumps(describe_kit(device, command), indent=2) + "\n", encoding="utf-8")
+        recipe = make_recipe(preflight, command, wheel.name, SUMS, golden=has_golden(bundle))
         (folder / RECIPE).write_text(recipe, encoding="utf-8")
+        others = record_files(folder, (MANIFEST, KIT_RECORD, RECIPE, REQUIREMENTS, wheel.name))
+        sums = "".join(f"{record.sha256}  {name}\n" for name, record in sorted({**own, **others}.items()))
+        (folder / SUMS).write_text(sums, encoding="utf-8")  # in the format of sha256sum
     return output
 
 
@@ -79,53 +80,13 @@ def has_golden(bundle: Bundle) -> bool:
     return all(golden_path(side) in bundle.manifest.files for side in SIDES)
 
 
-def describe_kit(device: Device, command: str, folder: Path, wheel: Path) -> dict[str, Any]:
-    """kit.json: what the kit is for and the hashes to expect; those of graphs and weights are in bundle.json."""
+def describe_kit(device: Device, command: str) -> dict[str, Any]:
+    """kit.json: what the kit is for, and how it is built there. The hashes to expect are in SHA256SUMS."""
     return {
         "format": "metaembed-kit",
         "format_version": 1,
         "target": device.name,
         "compute_capability": list(device.capability),
-        "jetpacks": {pack.version: pack.tensorrt for pack in device.jetpacks},
+        "jetpacks": [{"version": pack.version, "tensorrt": pack.tensorrt} for pack in device.jetpacks],
         "command": command,
-        "files": {
-            name: {"bytes": record.bytes, "sha256": record.sha256}
-            for name, record in ((name, FileRecord.of(folder / name)) for name in (MANIFEST, wheel.name, REQUIREMENTS))
-        },
     }
-
-
-def write_recipe(preflight: Preflight, record: dict[str, Any], wheel: str, *, golden: bool) -> str:
-    """BUILD.md: what the board must have, three lines to prepare it, and the command."""
-    device, estimate = preflight.device, preflight.estimate
-    vectors = "golden vectors, " if golden else ""
-    site = " --system-site-packages" if device.jetpacks else ""
-    lines = [
-        f"# Build and check on {device.title}",
-        "",
-        f"This folder is complete: graphs, weights, tokenizer, {vectors}and `{wheel}` with the two commands.",
-        "",
-        *_system_lines(device),
-        f"- Memory: about {gib(estimate.build_peak)} while building (an estimate), {gib(estimate.serving)} while serving.",
-        f"- Disk: about {gib(estimate.plans)} for the plans.",
-        "",
-        "```sh",
-        f"python3 -m venv{site} .venv && . .venv/bin/activate",
-        f"pip install -r {REQUIREMENTS}",
-        f"pip install --no-deps ./{wheel}",
-        str(record["command"]),
-        "```",
-        "",
-        *(VERIFIED if golden else UNVERIFIED),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _system_lines(device: Device) -> list[str]:
-    if not device.jetpacks:
-        return ["- System: Linux with an NVIDIA driver for CUDA 12 and Python 3.10 to 3.12."]
-    return [
-        f"- JetPack {pack.version}: TensorRT {pack.tensorrt}, CUDA {pack.cuda}, Python {pack.python}."
-        for pack in device.jetpacks
-    ]

@@ -19,6 +19,9 @@ COMMANDS = {
     "metaembed-index": "metaembed.runtime.cli_index:main",
     "metaembed-search": "metaembed.runtime.cli_search:main",
 }
+# What the running code reads on any machine. PTX is compiled by the GPU's own driver. Not the C kernels: they are compiled for this
+# machine's processor, and a wheel's sources are compiled nowhere; a device scores with the PTX, its engine or numpy. Not the demo.
+PACKED = {".py", ".ptx", ".typed"}
 EPOCH = (1980, 1, 1, 0, 0, 0)  # fixed times: the same code gives the same bytes
 
 
@@ -51,7 +54,7 @@ def package_version() -> str:
 
 
 def _modules(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.suffix == ".py" or path.name == "py.typed")
+    return sorted(path for path in root.iterdir() if path.suffix in PACKED)
 
 
 def _entry_points(files: dict[str, bytes]) -> str:

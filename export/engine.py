@@ -20,7 +20,7 @@ from typing import Any
 from metaembed.runtime.devices import Device
 from metaembed.runtime.engines import BUILD_RECORD, ENGINES_FORMAT, ENGINES_VERSION, engines_folder
 from metaembed.runtime.errors import BundleError, UsageError
-from metaembed.runtime.manifest import ENGINES, SCORER, Bundle, FileRecord, Manifest, record_files, save_manifest
+from metaembed.runtime.manifest import ENGINES, Bundle, FileRecord, Manifest, record_files, remedy, save_manifest
 from metaembed.runtime.staging import scratch_folder
 from metaembed.runtime.user_cache import user_cache
 
@@ -50,6 +50,7 @@ class BuiltEngine:
             "name": self.spec.name,
             "graph": self.spec.graph,
             "plan": f"{self.spec.name}.plan",
+            "tf32": self.spec.tf32,
             "bytes": self.record.bytes,
             "sha256": self.record.sha256,
             "seconds": round(self.seconds, 2),
@@ -77,13 +78,12 @@ def build_engines(
     ``on_event`` hears of each engine's progress: events of kind ``phase`` and ``step``, with TensorRT's names.
 
     Raises:
-        UsageError: the bundle has engines for this target already, and ``force`` is off.
+        UsageError: the bundle has engines for this target already, and ``force`` is off; another process is building them.
         MetaEmbedError: the builder refused the graph, crashed, or ran out of memory.
     """
     place = check_place(bundle, preflight.device, force=force)
     log = place.with_name(f"{place.name}.log")
-    with scratch_folder(place) as scratch:
-        log.write_text("", encoding="utf-8")
+    with _only_builder(place, log), scratch_folder(place) as scratch:
         built = [build_engine(bundle, preflight, spec, scratch, log, on_event) for spec in preflight.engines]
         record = _describe(bundle.manifest, preflight, built)
         (scratch / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -121,8 +121,7 @@ def build_engine(
         "capability": preflight.device.capability,
         "profiles": [profile.to_json() for profile in spec.profiles],
         "timing_cache": (cache := timing_cache_path(preflight)) and str(cache),
-        # The scorer of a narrow bundle widens bf16 or fp16, which TensorFloat-32 holds exactly.
-        "tf32": spec.graph == SCORER and bundle.manifest.precision != "fp32",
+        "tf32": spec.tf32,
         "log": str(log.resolve()),
     }
     start, read_from = time.monotonic(), log.stat().st_size
@@ -174,7 +173,8 @@ def _publish(bundle: Bundle, scratch: Path, place: Path, *, force: bool) -> None
             raise UsageError(f"{place} was built by another process meanwhile; -f builds it again")
         manifest = Bundle.open(bundle.folder, verify=False, ignore=ENGINES).manifest
         if manifest.fingerprint != bundle.manifest.fingerprint:
-            raise BundleError(f"{bundle.folder} became another bundle while its engines were built; build them again")
+            found = f"{bundle.folder} became another bundle while its engines were built"
+            raise BundleError(f"{found}; {remedy(bundle.folder, f'{prefix}/{BUILD_RECORD}')}")
         kept = {name: record for name, record in manifest.files.items() if not name.startswith(prefix + "/")}
         if place.exists():
             save_manifest(bundle.folder, replace(manifest, files=kept))
@@ -182,6 +182,19 @@ def _publish(bundle: Bundle, scratch: Path, place: Path, *, force: bool) -> None
         scratch.rename(place)
         names = sorted(f"{prefix}/{path.name}" for path in place.iterdir())
         save_manifest(bundle.folder, replace(manifest, files={**kept, **record_files(bundle.folder, names)}))
+
+
+@contextmanager
+def _only_builder(place: Path, log: Path) -> Iterator[None]:
+    """An empty log that no other build of this target writes to; the lock goes with the process, however that ends."""
+    log.parent.mkdir(exist_ok=True)
+    with log.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{place} is being built by another process; wait for it, or end it first") from None
+        file.truncate(0)
+        yield
 
 
 @contextmanager

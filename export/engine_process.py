@@ -14,7 +14,7 @@ from typing import Any
 
 from metaembed.runtime.errors import MetaEmbedError
 
-from .preflight import gib
+from .memory import gib
 
 Event = dict[str, Any]
 POLL_SECONDS = 0.02
@@ -104,7 +104,7 @@ def _failure(code: int, events: dict[str, Event], early: str, log: Path, peak: i
         used = f" at {gib(peak)}" if peak else ""
         return (
             f"the builder was killed{used}, most likely because memory ran out; close other programs, add swap, "
-            f"or export with fewer --max-image-tokens"
+            f"or quantise to INT8 (metaembed-calibrate --quantize int8)"
         )
     if code < 0:
         return f"the builder crashed ({signal.Signals(-code).name}); its log is {log}"

@@ -66,6 +66,10 @@ class Estimate:
         return asdict(self)
 
 
+def gib(amount: float) -> str:
+    return f"{amount / GIB:.1f} GiB" if amount >= GIB / 2 else f"{amount / (1 << 20):.0f} MiB"
+
+
 def count_weights(geometry: Geometry) -> dict[str, Weights]:
     """Parameters of the vision and the language graph, by Qwen2.5-VL's layer shapes."""
     text, vision = geometry.text, geometry.vision

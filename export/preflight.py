@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from metaembed.runtime.devices import DEVICES, FIRST_CAPABILITY, FIRST_TENSORRT, Device
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.manifest import DEFAULT_OPSET, LANGUAGE, VISION, Bundle, Manifest
-from metaembed.runtime.memory import GIB, available_memory
 
-from .memory import Estimate, estimate_build
+from .memory import Estimate, estimate_build, gib
+from .memory_check import MemoryCheck
 from .onnx_header import read_opset
 from .profiles import EngineSpec, Profile
+from .savings import BUILD, EXPORT, Change
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 OLDEST_TENSORRT, OLDEST_RTX = "10.3", "1.2"
@@ -29,8 +30,6 @@ FLOAT32_ATTENTION = (
     "TensorRT-RTX has no kernel for an Attention operator in fp32; "
     f"export with --precision bf16, or --opset {DEFAULT_OPSET}"
 )
-# The share of an integrated device's memory that the operating system leaves (a Jetson reports 61.3 of 64 GiB).
-USABLE = 0.9
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,8 @@ def check_target(
     flavour: str,
     version: str | None,
     builds_here: bool = True,
+    swap: int = 0,
+    changes: Iterable[list[Change]] = (),
 ) -> Preflight:
     """Check all that can be known before a builder starts.
 
@@ -84,6 +85,8 @@ def check_target(
         flavour: ``tensorrt`` or ``tensorrt_rtx``.
         version: of the TensorRT that will build, None when it is not known yet (a device kit).
         builds_here: whether this machine's memory and disk are the ones that matter.
+        swap: bytes that a kit's device will have while it builds; this machine's own is measured.
+        changes: to the request, to be proposed where memory does not suffice.
 
     Raises:
         UsageError: at least one reason why this cannot work, each with what to do instead.
@@ -91,7 +94,7 @@ def check_target(
     opsets = {engine.graph: read_opset(bundle.path(engine.graph)) for engine in engines}
     preflight = Preflight.of(bundle.manifest, device, engines, flavour, version)
     _refuse(
-        *_problems(preflight, bundle.manifest, opsets, builds_here),
+        *_problems(preflight, bundle.manifest, opsets, MemoryCheck(builds_here, swap, changes, BUILD)),
         *(_disk_problems(bundle.folder, preflight.estimate) if builds_here else ()),
     )
     return preflight
@@ -105,6 +108,7 @@ def check_planned(
     flavour: str,
     version: str | None,
     builds_here: bool = True,
+    changes: Iterable[list[Change]] = (),
 ) -> Preflight:
     """``check_target`` before the export: of a bundle that will have this manifest, all but the disk, which it fills itself.
 
@@ -112,16 +116,19 @@ def check_planned(
         UsageError: at least one reason why its engines could not be built, each with what to do instead.
     """
     preflight = Preflight.of(manifest, device, engines, flavour, version)
-    _refuse(*_problems(preflight, manifest, dict.fromkeys((LANGUAGE, VISION), manifest.opset), builds_here))
+    opsets = dict.fromkeys((LANGUAGE, VISION), manifest.opset)
+    _refuse(*_problems(preflight, manifest, opsets, MemoryCheck(builds_here, 0, changes, EXPORT)))
     return preflight
 
 
-def _problems(preflight: Preflight, manifest: Manifest, opsets: Mapping[str, int], builds_here: bool) -> Iterator[str]:
+def _problems(
+    preflight: Preflight, manifest: Manifest, opsets: Mapping[str, int], memory: MemoryCheck
+) -> Iterator[str]:
     device, flavour, version = preflight.device, preflight.flavour, preflight.version
     yield from _type_problems(manifest, device)
     yield from _version_problems(device, flavour, version)
     yield from _opset_problems(manifest, opsets, device, flavour, version)
-    yield from _memory_problems(manifest, device, preflight.estimate, flavour, builds_here)
+    yield from memory.problems(device, flavour, preflight.estimate)
 
 
 def _refuse(*problems: str) -> None:
@@ -215,33 +222,6 @@ def newest_opset(version: str) -> int:
     return max((opset for first, opset in PARSER_OPSETS if version_key(version) >= version_key(first)), default=0)
 
 
-def _memory_problems(
-    manifest: Manifest, device: Device, estimate: Estimate, flavour: str, builds_here: bool
-) -> Iterator[str]:
-    usable = device.memory_gib * GIB * (USABLE if device.integrated else 1.0)
-    if estimate.serving > usable:
-        yield (
-            f"serving takes about {gib(estimate.serving)} and {device.title} has {gib(usable)}; "
-            f"{_savings(manifest, 'metaembed-build with a smaller --max-batch')}"
-        )
-        return
-    on_device = flavour == "tensorrt"
-    limit = available_memory(swap=True) if builds_here else usable if on_device and device.integrated else None
-    if limit is not None and estimate.build_peak > limit:
-        where = "this machine" if builds_here else device.title
-        yield (
-            f"the build takes about {gib(estimate.build_peak)} and {where} has {gib(limit)} free; "
-            f"{_savings(manifest, 'add swap')}"
-        )
-
-
-def _savings(manifest: Manifest, last: str) -> str:
-    options = ["export with --precision bf16 or fp16"] if manifest.precision == "fp32" else []
-    options += [] if manifest.quantization else ["quantise to INT8 (metaembed-calibrate --quantize int8)"]
-    options += ["export with fewer --max-image-tokens", "metaembed-build --layout separate with one --side", last]
-    return f"options: {', '.join(options)}"
-
-
 def _disk_problems(folder: Path, estimate: Estimate) -> Iterator[str]:
     free = shutil.disk_usage(folder).free
     if estimate.plans > free:
@@ -251,10 +231,6 @@ def _disk_problems(folder: Path, estimate: Estimate) -> Iterator[str]:
 def version_key(version: str) -> tuple[int, ...]:
     """Sortable form of a version: numbers only, ``10.13.0.35`` after ``10.3``."""
     return tuple(int(part) for part in re.findall(r"\d+", version))
-
-
-def gib(amount: float) -> str:
-    return f"{amount / GIB:.1f} GiB" if amount >= GIB / 2 else f"{amount / (1 << 20):.0f} MiB"
 
 
 def _spans(profile: Profile) -> str:

@@ -67,11 +67,13 @@ class Profile:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """One engine to build: ``<name>.plan`` from a graph of the bundle."""
+    """One engine to build: ``<name>.plan`` from a graph of the bundle. ``tf32``: whether TensorRT may compute its float32
+    products in TensorFloat-32."""
 
     name: str
     graph: str
     profiles: tuple[Profile, ...]
+    tf32: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,11 +180,12 @@ def vision_profile(sizes: Sizes, images: int) -> Profile:
     )
 
 
-def scorer_engine(dim: int, query: int, queries: int, chunks: Mapping[int, int]) -> EngineSpec:
+def scorer_engine(dim: int, query: int, queries: int, chunks: Mapping[int, int], *, narrow: bool = False) -> EngineSpec:
     """The engine of a scorer: up to ``queries`` queries of up to ``query`` vectors, and a profile for each size of candidates.
 
     ``chunks``: vectors of a candidate -> candidates at once. One profile over all sizes would allow the chunk of the largest
     only: 3B's, of 64 vectors, is 291 candidates, which at one vector each are 1.2 MB, and a run is then all overhead.
+    ``narrow``: the vectors are bf16 or fp16, which TensorFloat-32 holds exactly.
     """
     profiles = [
         Profile(
@@ -194,7 +197,7 @@ def scorer_engine(dim: int, query: int, queries: int, chunks: Mapping[int, int])
         )
         for size, chunk in sorted(chunks.items())
     ]
-    return EngineSpec("scorer", SCORER, tuple(profiles))
+    return EngineSpec("scorer", SCORER, tuple(profiles), tf32=narrow)
 
 
 def _range(*axes: tuple[int, ...]) -> Range:

@@ -42,7 +42,10 @@ def supported_types(capability: Capability) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class JetPack:
-    """One JetPack release: the TensorRT it brings, for which boards, and what a recipe must know about its system."""
+    """One JetPack release and a TensorRT for it: for which boards, and what a recipe must know about its system.
+
+    ``brings``: the TensorRT of the release itself, where ``tensorrt`` is installed on top of it.
+    """
 
     version: str
     tensorrt: str
@@ -50,6 +53,7 @@ class JetPack:
     python: str
     cuda: str
     source: str
+    brings: str | None = None
 
 
 _ORIN_FAMILIES = ("agx-orin", "orin-nx", "orin-nano")
@@ -63,8 +67,8 @@ JETPACKS: tuple[JetPack, ...] = (
     JetPack("7.0", "10.13", ("thor",), "3.12", "13.0", _ARCHIVE),
     JetPack("7.1", "10.13", ("thor",), "3.12", "13.0", _ARCHIVE),
     JetPack("7.2", "10.16", (*_ORIN_FAMILIES, "thor"), "3.12", "13.2", _ARCHIVE),
-    # Installed on top, from the Linux SBSA package; 7.2.2 itself still brings 10.16.
-    JetPack("7.2.2", "11.4.1", ("agx-orin", "thor"), "3.12", "13.2", _JETPACK_MIGRATION),
+    # From the Linux SBSA package, on these boards only.
+    JetPack("7.2.2", "11.4.1", ("agx-orin", "thor"), "3.12", "13.2", _JETPACK_MIGRATION, brings="10.16"),
 )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from .devices import Capability
 from .errors import BundleError
-from .manifest import Bundle, FileRecord
+from .manifest import MANIFEST, Bundle, FileRecord, rebuild_command, remedy
 
 ENGINES_FORMAT, ENGINES_VERSION = "metaembed-engines", 1
 BUILD_RECORD = "build.json"
@@ -35,10 +35,6 @@ class EngineSet:
     version: str
     bundle: str
     plans: Mapping[str, tuple[str, ...]]
-
-    @property
-    def rebuild(self) -> str:
-        return f"metaembed-build . --target {self.target} -f"
 
     def misfit(self, fingerprint: str, capability: Capability, installed: Mapping[str, str]) -> str | None:
         """Why this set must not be loaded here, or None when it may be. ``installed``: flavour -> version."""
@@ -79,13 +75,15 @@ def choose_engines(bundle: Bundle, capability: Capability, installed: Mapping[st
             return found
         reasons.append(f"the engines for {found.target} {reason}")
     if reasons:
-        raise BundleError(f"{'; '.join(reasons)}; build with: metaembed-build {bundle.folder} -f")
+        target = next((found.target for found in sets if found.capability == capability), None)
+        raise BundleError(f"{'; '.join(reasons)}; build with: {rebuild_command(bundle.folder, target)}")
     return None
 
 
 def vouched_plan(bundle: Bundle, name: str) -> FileRecord:
     """The record that bundle.json keeps of a plan; a BundleError when it vouches for no such file."""
-    bundle.path(name)
+    if name not in bundle.manifest.files:
+        raise BundleError(f"{bundle.folder} has no {name}; {remedy(bundle.folder, name)}")
     return bundle.manifest.files[name]
 
 
@@ -95,7 +93,10 @@ def _read_set(bundle: Bundle, name: str) -> EngineSet:
     try:
         data = json.loads(path.read_bytes())
         if (data["format"], data["format_version"]) != (ENGINES_FORMAT, ENGINES_VERSION):
-            raise BundleError(f"{path} is of format {data['format_version']!r}, which this version does not read")
+            raise BundleError(
+                f"{path} is of format {data['format_version']!r}, which this version does not read; "
+                f"{remedy(bundle.folder, name)}"
+            )
         major, minor = data["compute_capability"]
         plans: dict[str, list[str]] = {}
         for engine in data["engines"]:
@@ -111,15 +112,19 @@ def _read_set(bundle: Bundle, name: str) -> EngineSet:
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, BundleError):
             raise
-        raise BundleError(f"{path} is damaged ({type(error).__name__}: {error}); build the engines again") from None
+        found = f"{path} is damaged ({type(error).__name__}: {error})"
+        raise BundleError(f"{found}; {remedy(bundle.folder, name)}") from None
 
 
 def _check_plan(bundle: Bundle, folder: str, engine: Mapping[str, Any]) -> str:
     """The plan's path, when build.json and bundle.json agree about its bytes: a swapped or renamed plan does not."""
-    name = f"{folder}/{engine['plan']}"
-    record = vouched_plan(bundle, name)
+    name, advice = f"{folder}/{engine['plan']}", remedy(bundle.folder, f"{folder}/{BUILD_RECORD}")
+    record = bundle.manifest.files.get(name)
+    if record is None:
+        found = f"{bundle.folder / folder / BUILD_RECORD} names a plan that {MANIFEST} does not vouch for"
+        raise BundleError(f"{found} ({engine['plan']!r}); {advice}")
     if (record.bytes, record.sha256) != (engine["bytes"], engine["sha256"]):
-        raise BundleError(f"{bundle.folder / name} is not the plan that its {BUILD_RECORD} describes; build it again")
+        raise BundleError(f"{bundle.folder / name} is not the plan that its {BUILD_RECORD} describes; {advice}")
     return name
 
 

@@ -42,6 +42,7 @@ class KernelScorer(Scorer):
 
     Raises:
         CudaError: the driver does not take the kernel.
+        OSError: this installation lacks the PTX.
     """
 
     def __init__(self, gpu: Any, dtype: np.dtype[Any]) -> None:
@@ -214,6 +215,6 @@ def open_kernel(bundle: Bundle) -> KernelScorer | None:
         return None
     try:
         return KernelScorer(gpu, TYPES[manifest.precision])
-    except CudaError as error:
+    except (CudaError, OSError) as error:
         log.warning("the MaxSim kernel does not start on %s (%s); scoring by the graph", gpu.name, error)
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -225,7 +226,12 @@ def remedy(folder: Path, name: str) -> str:
         return "export again (weights are hard links: was the checkpoint written over in place?)"
     if not name.startswith(ENGINES) or len(parts) < 3:
         return "export again"
-    return f"build again: metaembed-build {folder} --target {parts[1]} -f"
+    return f"build again: {rebuild_command(folder, parts[1])}"
+
+
+def rebuild_command(folder: Path, target: str | None = None) -> str:
+    """The command that replaces a target's engines, or those of this machine's GPU, as a shell takes it."""
+    return shlex.join(["metaembed-build", str(folder), *(["--target", target] if target else []), "-f"])
 
 
 def _expect(kind: type[T], value: Any) -> T:
@@ -308,14 +314,14 @@ def _check_name(name: str) -> None:
 
 
 def _check_place(folder: Path, name: str) -> Path:
+    advice = f"; {remedy(folder, name)}" if name.startswith(ENGINES) else ""
     try:
         resolved = (folder / name).resolve()
         present = resolved.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, not encodable
         raise BundleError(f"{MANIFEST} names a file that cannot be there: {name[:50]!a} ({error!a})"[:400]) from None
     if not resolved.is_relative_to(folder.resolve()):
-        raise BundleError(f"{folder / name} is a link that leaves the bundle")
+        raise BundleError(f"{folder / name} is a link that leaves the bundle{advice}")
     if not present:
-        advice = f"; {remedy(folder, name)}" if name.startswith(ENGINES) else ""
         raise BundleError(f"{folder / name} is missing; the bundle is not complete{advice}")
     return folder / name

@@ -24,7 +24,7 @@ from .cuda import find_gpu
 from .device_buffers import DeviceArray, Gpu, Shape, place
 from .engines import EngineSet, choose_engines, read_engine_sets, vouched_plan
 from .errors import BundleError, MetaEmbedError, UsageError
-from .manifest import VISION, Bundle, FileRecord
+from .manifest import VISION, Bundle, FileRecord, rebuild_command, remedy
 from .session import Session
 from .trt_engine import EngineRunner, dims
 
@@ -64,7 +64,7 @@ def open_trt_sessions(bundle: Bundle, graphs: Iterable[str], *, cuda_graphs: boo
     stream = SharedStream(gpu)
     return [
         TrtSession(
-            [load_engine(trt, bundle, plan) for plan in _plans(found, graph)],
+            [load_engine(trt, bundle, plan) for plan in _plans(bundle, found, graph)],
             gpu=gpu,
             stream=stream,
             label=f"{'TensorRT-RTX' if found.flavour == 'tensorrt_rtx' else 'TensorRT'} {found.version} ({gpu.name})",
@@ -75,9 +75,10 @@ def open_trt_sessions(bundle: Bundle, graphs: Iterable[str], *, cuda_graphs: boo
     ]
 
 
-def _plans(found: EngineSet, graph: str) -> tuple[str, ...]:
+def _plans(bundle: Bundle, found: EngineSet, graph: str) -> tuple[str, ...]:
     if graph not in found.plans:
-        raise BundleError(f"the engines for {found.target} lack {graph}; build with: {found.rebuild}")
+        again = rebuild_command(bundle.folder, found.target)
+        raise BundleError(f"the engines for {found.target} lack {graph}; build with: {again}")
     return found.plans[graph]
 
 
@@ -88,9 +89,9 @@ def load_engine(trt: Any, bundle: Bundle, name: str) -> Any:
         BundleError: the file is not the one that bundle.json describes, or TensorRT refuses it.
         MetaEmbedError: TensorRT does not start: it is newer than the driver, for one.
     """
-    record, path = vouched_plan(bundle, name), bundle.path(name)
+    record, path, advice = vouched_plan(bundle, name), bundle.path(name), remedy(bundle.folder, name)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        _check_plan(path, plan, record)
+        _check_plan(path, plan, record, advice)
         try:
             runtime = trt.Runtime(_logger(trt))
         except TypeError:  # how pybind11 says that there is none
@@ -99,15 +100,15 @@ def load_engine(trt: Any, bundle: Bundle, name: str) -> Any:
     if engine is None:
         raise BundleError(
             f"TensorRT {trt.__version__} cannot load {path}; its own message says why: where GPU memory is short, free "
-            f"some, else build with: metaembed-build {bundle.folder} -f"
+            f"some, else {advice}"
         )
     return engine
 
 
-def _check_plan(path: Path, plan: mmap.mmap, record: FileRecord) -> None:
+def _check_plan(path: Path, plan: mmap.mmap, record: FileRecord, advice: str) -> None:
     """Checked again here although opening the bundle checked it: that may have been switched off, or long ago."""
     if len(plan) != record.bytes or hashlib.sha256(plan).hexdigest() != record.sha256:
-        raise BundleError(f"{path} has changed since it was built (SHA-256); build it again, never load it")
+        raise BundleError(f"{path} has changed since it was built (SHA-256) and is never loaded; {advice}")
 
 
 @lru_cache

@@ -16,7 +16,7 @@ from metaembed.runtime.manifest import FORMAT, MANIFEST, check_name
 from metaembed.runtime.staged_file import sync
 
 # What lies in a bundle or a device kit beside the files that its manifest names, and what it names at least: that of a damaged one.
-BESIDE = {MANIFEST, "engines", "kit.json", "BUILD.md", "requirements.txt"}
+BESIDE = {MANIFEST, "engines", "kit.json", "BUILD.md", "requirements.txt", "SHA256SUMS"}
 PARTS = {"weights", "golden", "tokenizer.json", "processor.json", "recipe.json"}
 _in_use: set[Path] = set()  # this process's scratch folders: an output may be staged beside them
 

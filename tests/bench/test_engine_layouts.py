@@ -56,3 +56,30 @@ def test_the_table_says_which_totals_are_computed(measured):
     assert len(rows) == 2
     assert "computed" in rows[1]
     assert "computed" not in rows[0]
+
+
+def test_a_layout_is_its_language_engines_whatever_was_built_beside_them():
+    """By hand: one of 10 bytes, one of 12, and four of which two were built, of 8 and 10: 36. The scorer came later."""
+    common = {"model": "m", "precision": "bf16", "target": "t", "budgets": ["1,1", "8,16"], "builder": "b 1"}
+
+    def layout(name: str, engines: int, built: int) -> dict:
+        return {"kind": "engine_layout", "layout": name, "engines": engines, "engines_built": built, **common}
+
+    def build(layout: str, name: str, size: int) -> dict:
+        more = {"profiles": 1, "cpu_seconds": 1, "peak_memory_bytes": 1, "estimated_peak_bytes": 1, "weight_bytes": 8}
+        return {"kind": "engine_build", "layout": layout, "name": name, "bytes": size * 10**9, **common, **more}
+
+    records = [
+        build("shared", "vision", 3),
+        build("shared", "language", 10),
+        layout("shared", 2, 2),
+        build("profile-per-budget", "vision", 3),
+        build("profile-per-budget", "language", 12),
+        build("profile-per-budget", "scorer", 1),
+        layout("profile-per-budget", 3, 3),
+        build("separate", "query-1", 8),
+        build("separate", "candidate-16", 10),
+        layout("separate", 6, 4),
+    ]
+    table = TABLES["engine_layouts"].make(records)
+    assert [(row[1].split(" ")[0], row[3]) for row in table.rows] == [("1", "10.000"), ("1", "12.000"), ("4", "36.000")]

@@ -102,7 +102,7 @@ def equipped(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with TensorRT-RTX and memory, without a GPU."""
     monkeypatch.setattr(build_module, "find_gpu", lambda: None)
     monkeypatch.setattr(build_module, "installed_versions", lambda: {"tensorrt_rtx": "1.7.1"})
-    monkeypatch.setattr("metaembed.export.preflight.available_memory", lambda swap: 999 * GIB)
+    monkeypatch.setattr("metaembed.export.memory_check.available_memory", lambda swap: 999 * GIB)
     return monkeypatch
 
 
@@ -142,7 +142,7 @@ def test_a_target_that_cannot_hold_the_model_is_refused_before_the_export(
 def test_a_target_whose_build_does_not_fit_here_is_refused_before_the_export(
     refused: Callable[..., str], builder: pytest.MonkeyPatch, dry: tuple[str, ...]
 ):
-    builder.setattr("metaembed.export.preflight.available_memory", lambda swap: 9 * GIB)
+    builder.setattr("metaembed.export.memory_check.available_memory", lambda swap: 9 * GIB)
     command = ("--model", "3b", "--random-weights", "0", "--precision", "bf16", "--target", "l4", "--budget", "8,16")
     assert "this machine has 9.0 GiB free" in refused(2, *command, *dry)
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from metaembed.export import device_wheel
 from metaembed.export.cli_build import main as build_command
 from metaembed.runtime.cli_check import main as check_command
 from metaembed.runtime.manifest import LANGUAGE, MANIFEST, Bundle
+
+ROOT = Path(__file__).parents[2]
 
 
 def copy_of(bundle, folder):
@@ -32,13 +36,81 @@ def test_a_kit_holds_all_that_its_one_command_needs(kit):
     bundle = Bundle.open(kit)
     record = json.loads((kit / "kit.json").read_text())
     assert record["command"] == "metaembed-build . --target agx-orin-64gb --flavour tensorrt && metaembed-check ."
-    assert record["jetpacks"]["6.2"] == "10.3.0"
+    assert {"version": "6.2", "tensorrt": "10.3.0"} in record["jetpacks"]
     assert {"golden/query.safetensors", "golden/candidate.safetensors", LANGUAGE} <= set(bundle.manifest.files)
     assert not any(name.startswith("engines/") for name in bundle.manifest.files)
     recipe = (kit / "BUILD.md").read_text()
     assert record["command"] in recipe
     assert "JetPack 6.2: TensorRT 10.3.0" in recipe
     assert all("==" in line for line in (kit / "requirements.txt").read_text().splitlines())
+
+
+def commands(kit, word):
+    """The lines of BUILD.md's shell blocks that hold a word."""
+    blocks = re.findall(r"```sh\n(.*?)```", (kit / "BUILD.md").read_text(), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if word in line]
+
+
+def test_the_first_command_finds_what_did_not_arrive_whole(kit, tmp_path):
+    """The line of BUILD.md, run by a shell: silent on the kit, and it names each file that was damaged or lost."""
+    blocks = re.findall(r"```sh\n(.*?)```", (kit / "BUILD.md").read_text(), flags=re.DOTALL)
+    (line,) = commands(kit, "sha256sum")
+    assert blocks[0] == line + "\n"
+    done = subprocess.run(line, shell=True, cwd=kit, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    named = {text.split("  ", 1)[1] for text in (kit / "SHA256SUMS").read_text().splitlines()}
+    assert named == {path.relative_to(kit).as_posix() for path in kit.rglob("*") if path.is_file()} - {"SHA256SUMS"}
+    copy = shutil.copytree(kit, tmp_path / "kit", copy_function=os.link)
+    for name in ("BUILD.md", "scorer.onnx"):
+        (copy / name).unlink()
+    (copy / "BUILD.md").write_text("cut")
+    done = subprocess.run(line, shell=True, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "BUILD.md: FAILED\n" in done.stdout
+    assert "scorer.onnx: FAILED open" in done.stdout
+
+
+def test_requirements_are_all_that_a_device_imports(kit, tmp_path):
+    """pip is told to install no others; huggingface_hub, which tokenizers names, and all else but these stay blocked."""
+    names = {line.split("==")[0].replace("-", "_") for line in (kit / "requirements.txt").read_text().splitlines()}
+    modules = {"pillow": "PIL"}
+    own = {modules.get(name, name) for name in names} | {"metaembed"}
+    (line,) = commands(kit, "pip install --no-deps -r requirements.txt")
+    assert line == "pip install --no-deps -r requirements.txt"
+    script = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in {sorted(own)!r} and name.split(".")[0] not in sys.stdlib_module_names:
+            raise ModuleNotFoundError(f"{{name}} is in no requirement")
+sys.meta_path.insert(0, Blocked())
+import metaembed.export.build, metaembed.export.engine, metaembed.runtime.encoder
+from metaembed.runtime.cli_check import main
+sys.exit(main([".", "--structure", "--quiet"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=kit, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_recipe_says_how_to_prepare_each_jetpack_and_a_device_without_a_network(kit):
+    """NVIDIA's migration page: 11.4.1 comes on top of JetPack 7.2.2, from the Linux SBSA package."""
+    recipe = (kit / "BUILD.md").read_text()
+    assert commands(kit, "python3-venv python3-libnvinfer")
+    assert "JetPack 7.2.2: TensorRT 11.4.1 on top of its 10.16" in recipe
+    assert commands(kit, "dpkg -i nv-tensorrt-local-repo-ubuntu2404-11.4.1")
+    downloads = commands(kit, "pip download")
+    assert [line.rpartition(" ")[2] for line in downloads] == ["3.10", "3.12"]
+    assert all("manylinux2014_aarch64" in line for line in downloads)
+    assert commands(kit, "--no-index --find-links wheelhouse")
+
+
+def test_a_card_gets_its_tensorrt_from_the_requirements(demo_bundle, tmp_path):
+    kit = tmp_path / "kit"
+    assert build_command([str(demo_bundle), "--target", "h100", "-o", str(kit), "--quiet"]) == 0
+    pins = (kit / "requirements.txt").read_text()
+    assert all(f"tensorrt-cu12{part}==10.15.1.29\n" in pins for part in ("", "-libs", "-bindings"))
+    assert commands(kit, "pip wheel --no-deps -w wheelhouse")
+    assert "JetPack" not in (kit / "BUILD.md").read_text()
 
 
 def test_the_kits_command_never_makes_a_kit_of_the_kit(kit, monkeypatch, capsys):
@@ -116,6 +188,18 @@ def test_a_kit_of_a_kit_has_a_wheel_that_pip_takes(tmp_path, monkeypatch, versio
     monkeypatch.setattr(device_wheel, "package_version", lambda: version)
     wheel = device_wheel.write_device_wheel(tmp_path)
     assert str(parse_wheel_filename(wheel.name)[1]) == "0.1.0+device"
+
+
+def test_the_wheel_of_a_bf16_kit_has_the_package_data_that_its_device_needs(narrow_demo, tmp_path):
+    """Expected: what pyproject.toml packages beside the modules of metaembed.runtime."""
+    assert build_command([str(narrow_demo("bf16")), "--target", "orin", "-o", str(tmp_path / "kit"), "--quiet"]) == 0
+    (wheel,) = (tmp_path / "kit").glob("*.whl")
+    lines = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")[2]
+    patterns = re.findall('"([^"]+)"', re.search(r'"metaembed.runtime" = \[(.*)\]', lines)[1])
+    data = {f"metaembed/runtime/{path.name}" for pattern in patterns for path in (ROOT / "runtime").glob(pattern)}
+    assert "metaembed/runtime/_maxsim.ptx" in data
+    with zipfile.ZipFile(wheel) as archive:
+        assert data <= set(archive.namelist())
 
 
 def test_the_kits_wheel_installs_and_its_command_runs_there(kit, tmp_path):

@@ -18,12 +18,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from metaembed.export.cli_build import main as build_command
-from metaembed.export.engine_commands import trtexec_command
 from metaembed.export.engine_process import MemoryWatch, run_worker
 from metaembed.export.memory import count_weights
-from metaembed.export.profiles import Sizes, plan_engines, scorer_engine
+from metaembed.export.profiles import scorer_engine
 from metaembed.export.scorer import write_scorer
-from metaembed.runtime.budget import Budget
 from metaembed.runtime.cli_check import main as check_command
 from metaembed.runtime.engines import read_engine_sets
 from metaembed.runtime.errors import MetaEmbedError
@@ -116,17 +114,6 @@ def test_the_recorded_polygraphy_line_builds_the_same_engine(built, tmp_path):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(line, shell=True, cwd=built, env=environment, check=True, capture_output=True)
     assert (tmp_path / "again.plan").stat().st_size == pytest.approx(engine["bytes"], rel=0.01)
-
-
-def test_the_trtexec_line_has_a_group_of_shapes_per_profile_and_no_flag_that_its_version_lacks():
-    spec = plan_engines(Sizes(7, 1176, 16, 100, 160), (Budget(8, 16),))[1]
-    line = trtexec_command(spec, "tensorrt", (8, 7), "10.3.0")
-    assert line.startswith("trtexec --onnx=language.onnx --saveEngine=language.plan --stronglyTyped --skipInference")
-    assert line.count("--profile=") == 2
-    assert line.count("--maxShapes=") == 2
-    assert "rows:8 " in line
-    assert "--stronglyTyped" not in trtexec_command(spec, "tensorrt", (8, 7), "11.4.1")
-    assert "tensorrt_rtx --onnx=language.onnx" in trtexec_command(spec, "tensorrt_rtx", (8, 0), "1.7.1")
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["build", "dry-run"])
@@ -339,7 +326,8 @@ def test_a_builder_that_dies_is_one_sentence(tmp_path, monkeypatch, script, sent
 
 
 def test_an_interrupted_build_stops_its_worker_and_leaves_nothing(folder):
-    from metaembed.export.build import BuildOptions, build_target
+    from metaembed.export.build import build_target, check_build
+    from metaembed.export.build_options import BuildOptions
     from metaembed.runtime.devices import find_device
 
     def interrupt(engine, event):
@@ -348,7 +336,7 @@ def test_an_interrupted_build_stops_its_worker_and_leaves_nothing(folder):
     bundle = Bundle.open(folder)
     options = BuildOptions(budgets=bundle.manifest.budgets)
     with pytest.raises(KeyboardInterrupt):
-        build_target(bundle, find_device("a100"), options, on_event=interrupt)
+        build_target(bundle, check_build(bundle, find_device("a100"), options), on_event=interrupt)
     assert [path.name for path in (folder / "engines").iterdir()] == ["a100-80gb.log"]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from metaembed.export import engine
+from metaembed.export.cli_build import main
 from metaembed.export.preflight import check_target
 from metaembed.export.profiles import Sizes, plan_engines
 from metaembed.runtime.devices import find_device
@@ -26,6 +27,7 @@ from metaembed.runtime.manifest import MANIFEST, Bundle, FileRecord
 KILLED_BUILD = """
 import os, sys
 from metaembed.export import engine
+from metaembed.export.cli_build import main
 from metaembed.export.cli_build import main
 engine.build_engine = lambda *arguments: os.kill(os.getpid(), 9)
 main([sys.argv[1], "--target", "a100", "--quiet"])
@@ -64,6 +66,25 @@ def targets(folder):
     return [found.target for found in read_engine_sets(Bundle.open(folder))]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--target", "a100", "--target", "l4"], "l4 exists already; -f builds it again"),
+        (["--target", "a100", "--target", "orin"], "is no bundle, so it is not replaced"),
+        (["--target", "a10", "--target", "t4", "--flavour", "tensorrt_rtx"], "does not build these graphs"),
+    ],
+    ids=["engines exist", "no room for a kit", "no kernels"],
+)
+def test_every_target_is_checked_before_the_first_is_built(folder, meanwhile, monkeypatch, capsys, arguments, reason):
+    monkeypatch.setattr("metaembed.export.build.installed_versions", lambda: {"tensorrt_rtx": "1.7.1.116"})
+    build(folder, "l4")
+    (folder.parent / "bundle-kit-agx-orin-64gb").mkdir()
+    (folder.parent / "bundle-kit-agx-orin-64gb" / "thesis.txt").touch()
+    assert main([str(folder), *arguments, "--quiet"]) == 2
+    assert reason in capsys.readouterr().err
+    assert targets(folder) == ["l4"]
+
+
 def test_two_builds_at_once_are_both_vouched_for(folder, meanwhile):
     meanwhile.append(lambda: build(folder, "l4"))
     build(folder, "a100")
@@ -80,6 +101,21 @@ def test_the_second_of_two_builds_of_one_target_is_told(folder, meanwhile):
     with pytest.raises(UsageError, match="built by another process meanwhile; -f builds it again"):
         build(folder, "a100")
     assert theirs.exists()
+
+
+def test_a_second_build_of_one_target_is_refused_while_the_first_runs(folder, meanwhile):
+    """Both wrote to one log; the lock of the first, which another process would hold, is seen through another opening."""
+    log = folder / "engines" / "a100-80gb.log"
+
+    def second():
+        log.write_text("the first's lines")
+        with pytest.raises(UsageError, match="is being built by another process"):
+            build(folder, "a100", force=True)
+        assert log.read_text() == "the first's lines"
+
+    meanwhile.append(second)
+    build(folder, "a100")
+    assert targets(folder) == ["a100-80gb"]
 
 
 def test_a_builder_ends_with_the_process_that_ordered_it(tmp_path):
@@ -108,7 +144,7 @@ def test_engines_of_a_bundle_that_changed_meanwhile_are_not_vouched_for(folder, 
         (folder / MANIFEST).write_text(json.dumps(data))
 
     meanwhile.append(change)
-    with pytest.raises(BundleError, match="another bundle while its engines were built; build them again"):
+    with pytest.raises(BundleError, match="another bundle while its engines were built; build again: metaembed-build .* -f"):
         build(folder, "a100")
     assert targets(folder) == []
     assert not (folder / "engines" / "a100-80gb").exists()

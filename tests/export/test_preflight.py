@@ -7,7 +7,7 @@ import onnx
 import pytest
 from safetensors import safe_open
 
-from metaembed.export.device_kit import TENSORRT_PIN
+from metaembed.export.device_kit import TENSORRT_PINS
 from metaembed.export.memory import count_weights, estimate_build
 from metaembed.export.onnx_header import read_opset
 from metaembed.export.preflight import check_opset, check_target, check_types, newest_opset, version_key
@@ -110,8 +110,7 @@ def test_an_opset_beyond_the_parser_is_refused(bundle, tmp_path):
 
 def test_a_kit_installs_a_tensorrt_that_parses_every_opset(bundle, monkeypatch):
     """onnx-tensorrt's docs/operators.md: opset 20 up to release 10.14, 24 from 10.15. With an older pin the kit is refused."""
-    name, _, version = TENSORRT_PIN.partition("==")
-    assert name == "tensorrt-cu12"
+    version = dict(pin.split("==") for pin in TENSORRT_PINS)["tensorrt-cu12"]
     assert tuple(map(int, version.split(".")[:2])) >= (10, 15)
     monkeypatch.setattr("metaembed.export.preflight.KIT_TENSORRT", "10.2.0")
     monkeypatch.setattr("metaembed.export.preflight.read_opset", lambda path: 23)
@@ -208,24 +207,6 @@ def known(bundle, model, **changes):
     return {"geometry": KNOWN[model].geometry, "precision": "bf16", "limits": Limits(), **changes}
 
 
-def test_a_model_that_cannot_be_served_is_refused_with_the_options(bundle):
-    sentence = refusal(
-        bundle, "orin-nano", changes=known(bundle, "7b"), flavour="tensorrt", version="10.3.0", builds_here=False
-    )
-    assert "serving takes about" in sentence
-    assert "Jetson Orin Nano 8 GB has 7.2 GiB" in sentence
-    for option in ("INT8", "--max-image-tokens", "--layout separate"):
-        assert option in sentence
-
-
-def test_a_build_that_cannot_fit_is_refused_where_serving_would(bundle):
-    sentence = refusal(
-        bundle, "agx-orin-32gb", changes=known(bundle, "7b"), flavour="tensorrt", version="10.3.0", builds_here=False
-    )
-    assert "the build takes about" in sentence
-    assert "add swap" in sentence
-
-
 def test_seven_billion_fit_an_agx_orin_64gb_and_an_a100(bundle):
     kit = {"flavour": "tensorrt", "version": None, "builds_here": False}
     for target in ("orin", "a100", "h100", "thor"):
@@ -233,9 +214,9 @@ def test_seven_billion_fit_an_agx_orin_64gb_and_an_a100(bundle):
 
 
 def test_this_machines_memory_is_what_counts_when_it_builds(bundle, monkeypatch):
-    monkeypatch.setattr("metaembed.export.preflight.available_memory", lambda swap: 9 * GIB)
+    monkeypatch.setattr("metaembed.export.memory_check.available_memory", lambda swap: 9 * GIB)
     assert "this machine has 9.0 GiB free" in refusal(bundle, "a100", changes=known(bundle, "3b"))
-    monkeypatch.setattr("metaembed.export.preflight.available_memory", lambda swap: 15 * GIB)
+    monkeypatch.setattr("metaembed.export.memory_check.available_memory", lambda swap: 15 * GIB)
     preflight(bundle, "a100", changes=known(bundle, "3b"))
 
 

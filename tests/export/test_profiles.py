@@ -2,11 +2,13 @@
 
 import pytest
 
+from metaembed.export.build_options import BuildOptions, chosen_engines
 from metaembed.export.profiles import Sizes, most_windows, plan_engines, square_windows
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.images import ImageRules, smart_resize
 from metaembed.runtime.layout import count_windows
+from metaembed.runtime.manifest import Bundle
 
 BUDGETS = (Budget(1, 1), Budget(8, 16), Budget(16, 64))
 
@@ -80,3 +82,11 @@ def test_a_wrong_layout_or_batch_is_refused():
         plan_engines(sizes(), BUDGETS, layout="x")
     with pytest.raises(UsageError, match="at least one item"):
         plan_engines(sizes(), BUDGETS, query_batch=0)
+
+
+def test_the_scorer_keeps_all_of_a_bundles_budgets(demo_bundle):
+    """An index encoded elsewhere, a cascade's first stage and metaembed-check ask for others than engines were cut to."""
+    manifest = Bundle.open(demo_bundle, verify=False).manifest
+    *_, scorer = chosen_engines(manifest, BuildOptions(budgets=(Budget(8, 16),)))
+    assert [profile.name for profile in scorer.profiles] == [f"chunks-{size}" for size in (1, 4, 8, 16, 64)]
+    assert {profile.ranges["queries"].max[1] for profile in scorer.profiles} == {16}

@@ -147,7 +147,7 @@ def test_the_nearest_names_come_first():
 
 
 def test_jetson_boards_know_their_jetpacks_and_others_have_none():
-    """Release notes: 6.x is Orin with TensorRT 10.3, 7.0 and 7.1 Thor with 10.13, 7.2 both with 10.16."""
+    """Release notes: 6.x is Orin with TensorRT 10.3, 7.0 and 7.1 Thor with 10.13, 7.2 both with 10.16, which 11.4.1 may replace."""
     versions = {
         name: [(p.version, p.tensorrt) for p in find_device(name).jetpacks] for name in ("orin", "orin-nano", "thor")
     }
@@ -155,6 +155,7 @@ def test_jetson_boards_know_their_jetpacks_and_others_have_none():
     assert versions["orin"] == [*common, ("7.2.2", "11.4.1")]
     assert versions["orin-nano"] == common
     assert versions["thor"] == [("7.0", "10.13"), ("7.1", "10.13"), ("7.2", "10.16"), ("7.2.2", "11.4.1")]
+    assert [(p.version, p.brings) for p in find_device("thor").jetpacks if p.brings] == [("7.2.2", "10.16")]
     assert find_device("a100").jetpacks == ()
     assert all(pack.source.startswith("https://") for pack in JETPACKS)
 

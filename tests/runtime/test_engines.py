@@ -3,6 +3,7 @@ everything must be settled before a plan is deserialised, so no TensorRT is need
 """
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import pytest
 from metaembed.runtime.engines import choose_engines, read_engine_sets
 from metaembed.runtime.errors import BundleError
 from metaembed.runtime.manifest import MANIFEST, Bundle, record_files
-from metaembed.runtime.session_trt import load_engine
+from metaembed.runtime.session_trt import _plans, load_engine
 
 HERE = {"tensorrt_rtx": "1.7.1.116"}
 A100 = (8, 0)
@@ -68,7 +69,18 @@ def vouch(folder, bundle):
 
 @pytest.fixture
 def folder(demo_bundle, tmp_path):
-    return shutil.copytree(demo_bundle, tmp_path / "bundle")
+    return shutil.copytree(demo_bundle, tmp_path / "my bundle")
+
+
+def rebuild(error):
+    """The words after metaembed-build in a refusal's one sentence, as a shell reads them."""
+    sentence = str(error)
+    assert "\n" not in sentence
+    return shlex.split(sentence.partition("metaembed-build ")[2])
+
+
+def again(folder):
+    return [str(folder), "--target", "a100-80gb", "-f"]
 
 
 def test_a_bundle_without_engines_offers_none(folder):
@@ -103,8 +115,8 @@ def test_engines_that_do_not_fit_are_refused_with_the_command_that_rebuilds(fold
     bundle = add_engines(folder, **changes)
     with pytest.raises(BundleError, match=reason) as caught:
         choose_engines(bundle, A100, here)
-    assert "metaembed-build" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    # engines of another capability say nothing about what this GPU is called
+    assert rebuild(caught.value) == [str(folder), *([] if "capability" in changes else ["--target", "a100-80gb"]), "-f"]
 
 
 def test_a_swapped_plan_is_refused_even_when_the_manifest_vouches_for_the_bytes(folder):
@@ -113,16 +125,18 @@ def test_a_swapped_plan_is_refused_even_when_the_manifest_vouches_for_the_bytes(
     vision.rename(folder / "kept")
     language.rename(vision)
     (folder / "kept").rename(language)
-    with pytest.raises(BundleError, match="is not the plan that its build.json describes"):
+    with pytest.raises(BundleError, match="is not the plan that its build.json describes") as caught:
         read_engine_sets(vouch(folder, bundle))
+    assert rebuild(caught.value) == again(folder)
 
 
 def test_a_plan_from_another_target_under_this_name_is_refused(folder):
     bundle = add_engines(folder)
     add_engines(folder, "l4", (8, 9))
     shutil.copy(folder / "engines/l4/language.plan", folder / "engines/a100-80gb/language.plan")
-    with pytest.raises(BundleError, match="is not the plan"):
+    with pytest.raises(BundleError, match="is not the plan") as caught:
         read_engine_sets(vouch(folder, bundle))
+    assert rebuild(caught.value) == again(folder)
 
 
 @pytest.mark.parametrize("damage", [lambda plan: plan[:-1], lambda plan: plan + b"!", lambda plan: b"x" + plan[1:]])
@@ -132,22 +146,51 @@ def test_a_damaged_plan_is_refused_when_the_bundle_opens_and_again_before_it_is_
     plan.write_bytes(damage(plan.read_bytes()))
     with pytest.raises(BundleError):
         Bundle.open(folder)
-    with pytest.raises(BundleError, match="has changed since it was built"):
+    with pytest.raises(BundleError, match="has changed since it was built") as caught:
         load_engine(NoTensorRT, bundle, "engines/a100-80gb/language.plan")
+    assert rebuild(caught.value) == again(folder)
 
 
 def test_a_plan_that_the_manifest_does_not_name_is_refused(folder):
     bundle = add_engines(folder)
     (folder / "engines/a100-80gb/stray.plan").write_bytes(b"stray")
-    with pytest.raises(BundleError, match="has no engines/a100-80gb/stray.plan"):
+    with pytest.raises(BundleError, match="has no engines/a100-80gb/stray.plan") as caught:
         load_engine(NoTensorRT, bundle, "engines/a100-80gb/stray.plan")
+    assert rebuild(caught.value) == again(folder)
+
+
+def test_a_plan_that_is_a_link_out_of_the_bundle_is_refused(folder, tmp_path):
+    add_engines(folder)
+    plan = folder / "engines/a100-80gb/language.plan"
+    plan.rename(tmp_path / "elsewhere")
+    plan.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="is a link that leaves the bundle") as caught:
+        Bundle.open(folder)
+    assert rebuild(caught.value) == again(folder)
+
+
+def test_engines_without_a_graph_are_refused(folder):
+    bundle = add_engines(folder)
+    (found,) = read_engine_sets(bundle)
+    with pytest.raises(BundleError, match="lack scorer.onnx") as caught:
+        _plans(bundle, found, "scorer.onnx")
+    assert rebuild(caught.value) == again(folder)
+
+
+def test_the_command_names_the_bundle_as_it_was_given(folder, monkeypatch):
+    add_engines(folder, format_version=2)
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(BundleError) as caught:
+        read_engine_sets(Bundle.open("my bundle"))
+    assert rebuild(caught.value) == ["my bundle", "--target", "a100-80gb", "-f"]
 
 
 @pytest.mark.parametrize("plan", ["../../../etc/passwd", "/etc/passwd", "../l4/language.plan"])
 def test_a_build_record_that_points_elsewhere_is_refused(folder, plan):
     engine = {"graph": "language.onnx", "plan": plan, "bytes": 1, "sha256": "0" * 64}
-    with pytest.raises(BundleError, match="has no engines"):
+    with pytest.raises(BundleError, match="names a plan that bundle.json does not vouch for") as caught:
         read_engine_sets(add_engines(folder, engines=[engine]))
+    assert rebuild(caught.value) == again(folder)
 
 
 @pytest.mark.parametrize(
@@ -158,11 +201,12 @@ def test_a_build_record_that_points_elsewhere_is_refused(folder, plan):
 def test_a_damaged_build_record_is_one_sentence(folder, changes):
     with pytest.raises(BundleError, match=r"build.json is (damaged|of format)") as caught:
         read_engine_sets(add_engines(folder, **changes))
-    assert "\n" not in str(caught.value)
+    assert rebuild(caught.value) == again(folder)
 
 
 def test_a_build_record_that_is_not_json_is_one_sentence(folder):
     bundle = add_engines(folder)
     (folder / "engines/a100-80gb/build.json").write_text("{")
-    with pytest.raises(BundleError, match=r"build.json is damaged \(JSONDecodeError"):
+    with pytest.raises(BundleError, match=r"build.json is damaged \(JSONDecodeError") as caught:
         read_engine_sets(vouch(folder, bundle))
+    assert rebuild(caught.value) == again(folder)

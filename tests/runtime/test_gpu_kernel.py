@@ -4,6 +4,7 @@ GPU. What it should give is MaxSim in float64."""
 from __future__ import annotations
 
 import ctypes
+import logging
 import shutil
 import subprocess
 from pathlib import Path
@@ -205,6 +206,27 @@ def test_the_ptx_is_of_this_source():
 
 def test_float32_bundles_are_not_for_the_kernel(demo_bundle: Path):
     assert open_kernel(Bundle.open(demo_bundle, verify=False)) is None
+
+
+def test_an_installation_without_the_ptx_scores_by_the_graph(narrow_demo, monkeypatch: pytest.MonkeyPatch, caplog):
+    """A device kit's wheel lacked the PTX, and metaembed-check ended there on every GPU from 8.0 on."""
+
+    class Gpu:
+        name, capability = "a GPU", (8, 7)
+
+        def use(self):
+            pass
+
+        def load_module(self, ptx):
+            raise AssertionError("there is nothing to load")
+
+    monkeypatch.setattr(gpu_kernel, "find_gpu", Gpu)
+    monkeypatch.setattr(gpu_kernel, "PTX", Path("lacking.ptx"))
+    bundle = Bundle.open(narrow_demo("bf16"), verify=False)
+    with caplog.at_level(logging.WARNING, "metaembed"):
+        assert open_kernel(bundle) is None
+    assert "does not start on a GPU" in caplog.text
+    assert "lacking.ptx" in caplog.text
 
 
 @pytest.mark.gpu

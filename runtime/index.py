@@ -12,7 +12,6 @@ a segment that `compact` removed stays mapped, so a search that has begun ends o
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -29,7 +28,7 @@ from .errors import BundleError, UsageError
 from .index_ann import AnnStage
 from .index_catalogue import CATALOGUE, Catalogue, SegmentRow
 from .index_layout import Layout
-from .index_segment import Rows, Segment
+from .index_segment import NO_ROWS, Rows, Segment
 from .staging import staged_folder
 
 if TYPE_CHECKING:
@@ -109,13 +108,15 @@ class Index:
         self.folder = folder
         self.skip_damaged = skip_damaged
         self._catalogue, self._verify, self._hold, self.shard = catalogue, verify, hold, shard
-        about = catalogue.about()
-        self.layout = Layout.from_json(json.loads(about["layout"]))
+        about, self.layout = catalogue.about(), catalogue.layout()
         self.fingerprint, self.bundle = about.get("fingerprint", ""), about.get("bundle", "")
-        self._version, self._snapshot, self._turn = -1, Snapshot(()), threading.RLock()
+        # The catalogue's version and `_left_out`, of which the snapshot is.
+        self._version, self._snapshot, self._turn = (-1, 0), Snapshot(()), threading.RLock()
         self.device: DeviceGroups | None = None
         self.ann = AnnStage(folder, catalogue, self.layout.dims)
-        self._sound: set[int] = set()  # segments whose rows in the catalogue were all read and found good
+        # Segments whose rows in the catalogue were all read: None where all were good, else those that were (skip_damaged).
+        self._readable: dict[int, Rows | None] = {}
+        self._left_out = 0  # segments of which not all were good
 
     @classmethod
     def create(cls, folder: str | Path, layout: Layout, *, fingerprint: str = "", bundle: str = "") -> None:
@@ -249,11 +250,11 @@ class Index:
         return search_index(self, query, k, cascade=cascade, where=where, approximate=approximate)
 
     def snapshot(self) -> Snapshot:
-        """The present state; the same object until another process commits."""
+        """The present state; the same object until another process commits, or damaged rows are left out."""
         with self._turn:
             while True:
                 with self._catalogue.reading():
-                    version = self._catalogue.version()
+                    version = self._catalogue.version(), self._left_out
                     rows = self._catalogue.segments() if version != self._version else None
                 if rows is None:
                     return self._snapshot
@@ -262,7 +263,7 @@ class Index:
                     if self.device:
                         self.device.keep({part.segment for part in self._snapshot.parts})
                 except BundleError:
-                    if self._catalogue.version() == version:
+                    if self._catalogue.version() == version[0]:
                         raise  # else a segment was compacted away between the two reads
 
     def stored_items(self) -> int:
@@ -270,31 +271,70 @@ class Index:
         return sum(row.items for row in self._catalogue.segments())
 
     def describe(self, snapshot: Snapshot, positions: Rows) -> list[tuple[str, Any]] | None:
-        """Id and payload of every position; None when `compact` has removed some of them since the snapshot."""
+        """Id and payload of every position.
+
+        None when `compact` has removed some of them since the snapshot, or the next one leaves damaged ones out.
+        """
         places = snapshot.places(positions)
         with self._catalogue.reading():
-            found = self._catalogue.describe(places)
+            try:
+                found = self._catalogue.describe(places)
+            except BundleError:
+                if self.skip_damaged and self._leave_out(snapshot):
+                    return None
+                raise
         return [found[place] for place in places] if len(found) == len(set(places)) else None
 
     def select(self, snapshot: Snapshot, condition: str, values: Sequence[object]) -> Rows | None:
         """Positions of the rows whose payload satisfies a condition of `parse_filters`, dead ones included.
 
-        None when `compact` has removed some segment of the snapshot since.
+        None when `compact` has removed some segment of the snapshot since, or the next one leaves damaged rows out.
 
         The first time that it needs a segment it reads all its rows (2 s per million), lest damage hide some of them.
         """
         with self._catalogue.reading():
             if not {part.number for part in snapshot.parts} <= {row.number for row in self._catalogue.segments()}:
                 return None
-            for part in snapshot.parts:
-                if self._verify and part.number not in self._sound:
-                    self._catalogue.check_rows(part.number, part.segment.items)
-                    self._sound.add(part.number)
+            if (self._verify or self.skip_damaged) and self._leave_out(snapshot):
+                return None
             found = [
-                np.array(self._catalogue.select(part.number, condition, values), np.int64) + part.start
+                np.array(
+                    self._catalogue.select(part.number, condition, values, self._readable.get(part.number)), np.int64
+                )
+                + part.start
                 for part in snapshot.parts
             ]
         return np.concatenate([np.empty(0, np.int64), *found])
+
+    def _leave_out(self, snapshot: Snapshot) -> bool:
+        """Read all rows of a snapshot's segments that were not read yet; whether it holds some that the next one leaves out.
+
+        Raises:
+            BundleError: some are damaged, and not to be skipped.
+        """
+        numbers = {row.number for row in self._catalogue.segments()}
+        for part in snapshot.parts:
+            if part.number in self._readable or part.number not in numbers:
+                continue
+            try:
+                for _ in self._catalogue.rows(part.number, part.segment.items):
+                    pass
+                self._readable[part.number] = None
+            except BundleError:
+                if not self.skip_damaged:
+                    raise
+                sound, sentence = self._catalogue.sound_rows(part.number, part.segment.items)
+                self._readable[part.number] = sound
+                self._left_out += 1
+                if len(lost := self._unreadable(part)):
+                    others = f", as are {len(lost) - 1} others" if len(lost) > 1 else ""
+                    log.warning("left out: row %d of %s%s: %s", lost[0], part.segment.path.name, others, sentence)
+        return any(len(self._unreadable(part)) for part in snapshot.parts)
+
+    def _unreadable(self, part: Part) -> Rows:
+        """Living rows of which the catalogue's are known to be damaged."""
+        sound = self._readable.get(part.number)
+        return NO_ROWS if sound is None else np.setdiff1d(np.flatnonzero(part.alive), sound)
 
     def verify(self) -> list[str]:
         """Read everything, and return one sentence for each thing that is damaged; empty for a sound index."""
@@ -311,6 +351,9 @@ class Index:
         parts: list[Part] = []
         damaged: list[str] = []
         for row, alive in _in_shard(rows, *self.shard):
+            if (readable := self._readable.get(row.number)) is not None:
+                damaged += [f"{self.folder / CATALOGUE} is damaged in {row.items - len(readable)} rows of {row.name}"]
+                alive = alive & np.isin(np.arange(row.items), readable)
             if not alive.any():  # nothing to read: whether the file is sound, or there, does not matter
                 continue
             try:

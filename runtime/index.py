@@ -32,7 +32,7 @@ from .index_segment import NO_ROWS, Rows, Segment
 from .staging import staged_folder
 
 if TYPE_CHECKING:
-    from .cascade import Stage
+    from .cascade import AnyStage
     from .graph_maxsim import Scorer
     from .index_device import DeviceGroups
     from .index_writer import IndexWriter
@@ -229,13 +229,15 @@ class Index:
         query: NDArray[Any],
         k: int = 10,
         *,
-        cascade: Sequence[Stage] | None = None,
+        cascade: Sequence[AnyStage] | None = None,
         where: Sequence[str] = (),
         approximate: bool = False,
     ) -> list[Hit]:
         """The k best items for one query (r_q, d), by a cascade of stages (default: `default_cascade`), each exact.
 
         Args:
+            cascade: stages, each a `Stage`, ``(r_q, r_c, keep)`` or ``"r_q,r_c:keep"``; the last keeps what is asked for:
+                ``[(1, 1, 1000), (4, 8, 100), (16, 64)]``.
             where: conditions on payload fields that must all hold, ``year>=2020``.
             approximate: let the HNSW graph (`IndexWriter.build_ann`) choose what a first stage of (1,1) scores, which may miss
                 some of what that stage would have kept. Scores stay exact. Items that were added since are all scored, and

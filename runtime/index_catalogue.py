@@ -275,13 +275,13 @@ class Catalogue:
             if self._db.in_transaction:
                 yield
             else:
-                with self._transaction("BEGIN"):
+                with self._transaction("BEGIN", "ROLLBACK"):  # a COMMIT repeats what a read found malformed
                     yield
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """One transaction: everything inside becomes visible and durable together, or not at all."""
-        with self._sentences(), self._transaction("BEGIN IMMEDIATE"):
+        with self._sentences(), self._transaction("BEGIN IMMEDIATE", "COMMIT"):
             for table in TALLIES:  # or what was lost since the opening would be taken for right
                 self._compare(table, *self._tally(table))
             yield
@@ -305,11 +305,11 @@ class Catalogue:
         return []
 
     @contextmanager
-    def _transaction(self, begin: str) -> Iterator[None]:
+    def _transaction(self, begin: str, end: str) -> Iterator[None]:
         self._db.execute(begin)
         try:
             yield
-            self._db.execute("COMMIT")
+            self._db.execute(end)
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")

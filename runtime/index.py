@@ -28,7 +28,8 @@ from .errors import BundleError, UsageError
 from .index_ann import AnnStage
 from .index_catalogue import CATALOGUE, Catalogue, SegmentRow
 from .index_layout import Layout
-from .index_segment import NO_ROWS, Rows, Segment
+from .index_rows import SoundRows
+from .index_segment import Rows, Segment
 from .staging import staged_folder
 
 if TYPE_CHECKING:
@@ -110,13 +111,11 @@ class Index:
         self._catalogue, self._verify, self._hold, self.shard = catalogue, verify, hold, shard
         about, self.layout = catalogue.about(), catalogue.layout()
         self.fingerprint, self.bundle = about.get("fingerprint", ""), about.get("bundle", "")
-        # The catalogue's version and `_left_out`, of which the snapshot is.
+        # The catalogue's version and the changes of `_rows`, of which the snapshot is.
         self._version, self._snapshot, self._turn = (-1, 0), Snapshot(()), threading.RLock()
         self.device: DeviceGroups | None = None
         self.ann = AnnStage(folder, catalogue, self.layout.dims)
-        # Segments whose rows in the catalogue were all read: None where all were good, else those that were (skip_damaged).
-        self._readable: dict[int, Rows | None] = {}
-        self._left_out = 0  # segments of which not all were good
+        self._rows = SoundRows(catalogue, skip_damaged=skip_damaged)
 
     @classmethod
     def create(cls, folder: str | Path, layout: Layout, *, fingerprint: str = "", bundle: str = "") -> None:
@@ -256,7 +255,7 @@ class Index:
         with self._turn:
             while True:
                 with self._catalogue.reading():
-                    version = self._catalogue.version(), self._left_out
+                    version = self._catalogue.version(), self._rows.changes
                     rows = self._catalogue.segments() if version != self._version else None
                 if rows is None:
                     return self._snapshot
@@ -282,7 +281,7 @@ class Index:
             try:
                 found = self._catalogue.describe(places)
             except BundleError:
-                if self.skip_damaged and self._leave_out(snapshot):
+                if self.skip_damaged and self._rows.lack(snapshot.parts):
                     return None
                 raise
         return [found[place] for place in places] if len(found) == len(set(places)) else None
@@ -297,46 +296,14 @@ class Index:
         with self._catalogue.reading():
             if not {part.number for part in snapshot.parts} <= {row.number for row in self._catalogue.segments()}:
                 return None
-            if (self._verify or self.skip_damaged) and self._leave_out(snapshot):
+            if (self._verify or self.skip_damaged) and self._rows.lack(snapshot.parts):
                 return None
             found = [
-                np.array(
-                    self._catalogue.select(part.number, condition, values, self._readable.get(part.number)), np.int64
-                )
+                np.array(self._catalogue.select(part.number, condition, values, self._rows.of(part.number)), np.int64)
                 + part.start
                 for part in snapshot.parts
             ]
         return np.concatenate([np.empty(0, np.int64), *found])
-
-    def _leave_out(self, snapshot: Snapshot) -> bool:
-        """Read all rows of a snapshot's segments that were not read yet; whether it holds some that the next one leaves out.
-
-        Raises:
-            BundleError: some are damaged, and not to be skipped.
-        """
-        numbers = {row.number for row in self._catalogue.segments()}
-        for part in snapshot.parts:
-            if part.number in self._readable or part.number not in numbers:
-                continue
-            try:
-                for _ in self._catalogue.rows(part.number, part.segment.items):
-                    pass
-                self._readable[part.number] = None
-            except BundleError:
-                if not self.skip_damaged:
-                    raise
-                sound, sentence = self._catalogue.sound_rows(part.number, part.segment.items)
-                self._readable[part.number] = sound
-                self._left_out += 1
-                if len(lost := self._unreadable(part)):
-                    others = f", as are {len(lost) - 1} others" if len(lost) > 1 else ""
-                    log.warning("left out: row %d of %s%s: %s", lost[0], part.segment.path.name, others, sentence)
-        return any(len(self._unreadable(part)) for part in snapshot.parts)
-
-    def _unreadable(self, part: Part) -> Rows:
-        """Living rows of which the catalogue's are known to be damaged."""
-        sound = self._readable.get(part.number)
-        return NO_ROWS if sound is None else np.setdiff1d(np.flatnonzero(part.alive), sound)
 
     def verify(self) -> list[str]:
         """Read everything, and return one sentence for each thing that is damaged; empty for a sound index."""
@@ -353,9 +320,9 @@ class Index:
         parts: list[Part] = []
         damaged: list[str] = []
         for row, alive in _in_shard(rows, *self.shard):
-            if (readable := self._readable.get(row.number)) is not None:
-                damaged += [f"{self.folder / CATALOGUE} is damaged in {row.items - len(readable)} rows of {row.name}"]
-                alive = alive & np.isin(np.arange(row.items), readable)
+            if (sound := self._rows.of(row.number)) is not None:
+                damaged += [f"{self.folder / CATALOGUE} is damaged in {row.items - len(sound)} rows of {row.name}"]
+                alive = alive & np.isin(np.arange(row.items), sound)
             if not alive.any():  # nothing to read: whether the file is sound, or there, does not matter
                 continue
             try:

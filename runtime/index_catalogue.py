@@ -9,11 +9,9 @@ index of ids and removes files, first has SQLite compare everything (1.5 s for a
 
 from __future__ import annotations
 
-import functools
 import json
 import sqlite3
 import threading
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -25,35 +23,22 @@ from numpy.typing import NDArray
 
 from .errors import BundleError
 from .index_layout import Layout
+from .index_schema import (
+    APPLICATION,
+    FORMAT,
+    SCHEMA,
+    STATE,
+    STRUCTURE,
+    TALLIES,
+    UNTALLIED,
+    row_crc,
+    structure,
+)
 from .index_segment import Rows
 from .index_sentences import BUSY_SECONDS, damage, sentences
 
 CATALOGUE = "catalogue.sqlite"
-FORMAT = 2
-UNTALLIED = 1  # the format without tallies: read as it is, and brought to ours by the first transaction that writes
-APPLICATION = 0x4D45_4958  # "MEIX", so that `file` and we can tell the catalogue from any other database
 MOST_VARIABLES = 900  # of one statement; SQLite allowed 999 before 3.32
-SCHEMA = f"""
-PRAGMA application_id = {APPLICATION};
-PRAGMA user_version = {FORMAT};
-CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE segments (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, items INTEGER NOT NULL, checksum INTEGER NOT NULL,
-    dead BLOB NOT NULL, crc INTEGER NOT NULL
-);
-CREATE TABLE items (
-    segment INTEGER NOT NULL, row INTEGER NOT NULL, id TEXT NOT NULL, payload TEXT, crc INTEGER NOT NULL,
-    PRIMARY KEY (segment, row)
-) WITHOUT ROWID;
-CREATE INDEX items_by_id ON items (id);
-"""
-STATE = "state"  # the key in `about` of the tallies, and of the largest segment number that was ever given
-# Rows and the sum of their checksums. `about` is counted without its row of tallies.
-TALLIES = {
-    "about": f"SELECT count(*), coalesce(sum(crc), 0) FROM about WHERE key <> '{STATE}'",
-    "segments": "SELECT count(*), coalesce(sum(crc), 0) FROM segments",
-}
-STRUCTURE = "SELECT type, name, tbl_name, sql FROM sqlite_master"
 Place = tuple[int, int]  # segment number, row
 
 
@@ -77,10 +62,6 @@ class SegmentRow:
 def pack_dead(alive: NDArray[np.bool_]) -> bytes:
     """The `dead` of a segment row; empty while all are alive."""
     return b"" if alive.all() else np.packbits(~alive).tobytes()
-
-
-def _crc(*fields: object) -> int:
-    return zlib.crc32(repr(fields).encode())
 
 
 class Catalogue:
@@ -115,12 +96,14 @@ class Catalogue:
     def create(cls, folder: Path, layout: Layout, about: dict[str, str]) -> None:
         """Write the catalogue of an empty index."""
         rows = {"layout": json.dumps(layout.to_json()), **about}
-        crcs = [_crc(key, value) for key, value in rows.items()]
+        crcs = [row_crc(key, value) for key, value in rows.items()]
         rows[STATE] = json.dumps({"about": [len(crcs), sum(crcs)], "segments": [0, 0], "last": 0})
         path = folder / CATALOGUE
         with sentences(path), closing(sqlite3.connect(path)) as connection:
             connection.executescript(SCHEMA)
-            connection.executemany("INSERT INTO about VALUES (?, ?, ?)", [(k, v, _crc(k, v)) for k, v in rows.items()])
+            connection.executemany(
+                "INSERT INTO about VALUES (?, ?, ?)", [(k, v, row_crc(k, v)) for k, v in rows.items()]
+            )
             connection.commit()
 
     def close(self) -> None:
@@ -246,20 +229,20 @@ class Catalogue:
         """Enter a segment and its rows' (id, payload as JSON). Inside `writing` only."""
         number = self._last_number() + 1
         row = (number, name, len(items), checksum, b"")
-        self._db.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?)", (*row, _crc(*row)))
+        self._db.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?)", (*row, row_crc(*row)))
         self._db.executemany(
             "INSERT INTO items VALUES (?, ?, ?, ?, ?)",
-            [(number, row, id_, text, _crc(number, row, id_, text)) for row, (id_, text) in enumerate(items)],
+            [(number, row, id_, text, row_crc(number, row, id_, text)) for row, (id_, text) in enumerate(items)],
         )
         return number
 
     def set_about(self, key: str, value: str) -> None:
         """Store an entry of `about`. Inside `writing` only."""
-        self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?, ?)", (key, value, _crc(key, value)))
+        self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?, ?)", (key, value, row_crc(key, value)))
 
     def set_dead(self, row: SegmentRow) -> None:
         """Store a segment row's `dead`. Inside `writing` only."""
-        crc = _crc(row.number, row.name, row.items, row.checksum, row.dead)
+        crc = row_crc(row.number, row.name, row.items, row.checksum, row.dead)
         self._db.execute("UPDATE segments SET dead = ?, crc = ? WHERE number = ?", (row.dead, crc, row.number))
 
     def drop_segments(self, numbers: Iterable[int]) -> None:
@@ -361,7 +344,7 @@ class Catalogue:
         return damage(self.path, what)
 
     def _expect(self, crc: int, *fields: object) -> None:
-        if crc != _crc(*fields):
+        if crc != row_crc(*fields):
             raise self._damage(f"in the row of {fields[:3]}")
 
     def _check_format(self) -> None:
@@ -370,13 +353,5 @@ class Catalogue:
             raise BundleError(f"{self.path} is no catalogue of an index, or damaged")
         if (version := self._format()) not in (UNTALLIED, FORMAT):
             raise BundleError(f"{self.path} has format {version}; this version reads {FORMAT}; update metaembed-export")
-        if not _structure() <= set(self._db.execute(STRUCTURE)):
+        if not structure() <= set(self._db.execute(STRUCTURE)):
             raise self._damage("(its tables are not those of an index)")
-
-
-@functools.cache
-def _structure() -> frozenset[tuple[str, ...]]:
-    """What `SCHEMA` makes, as SQLite describes it."""
-    with closing(sqlite3.connect(":memory:")) as empty:
-        empty.executescript(SCHEMA)
-        return frozenset(empty.execute(STRUCTURE))

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import sqlite3
@@ -16,8 +17,9 @@ import pytest
 from metaembed.runtime import cli_index
 from metaembed.runtime.errors import BundleError, MetaEmbedError, UsageError
 from metaembed.runtime.index import SEGMENTS, Index
-from metaembed.runtime.index_catalogue import CATALOGUE, FORMAT, STATE, UNTALLIED, Catalogue
+from metaembed.runtime.index_catalogue import CATALOGUE, Catalogue
 from metaembed.runtime.index_layout import Layout
+from metaembed.runtime.index_schema import FORMAT, STATE, UNTALLIED
 from metaembed.runtime.index_writer import IndexWriter
 
 R, D = 2, 8
@@ -166,7 +168,7 @@ def test_a_missing_row_of_a_segment_that_is_there_is_damage(folder):
         ("UPDATE items SET payload = '{\"n\": 9}' WHERE id = 'd3'", "'d3'", ["d3"]),
         ("UPDATE items SET payload = '{' WHERE id = 'd3'", "'d3'", ["d3"]),
         ("UPDATE items SET id = CAST(x'ff' AS TEXT) WHERE id = 'd3'", "row 3 of", ["d3"]),
-        ("UPDATE items SET crc = 0 WHERE segment = 2", "row 0 of .* as are 3 others", [f"e{i}" for i in range(4)]),
+        ("UPDATE items SET crc = 0 WHERE segment = 2", "4 items, row 0, 1, 2, 3 of", [f"e{i}" for i in range(4)]),
     ],
 )
 def test_items_with_a_damaged_row_are_left_out_and_named(folder, statement, named, lost, caplog):
@@ -180,7 +182,7 @@ def test_items_with_a_damaged_row_are_left_out_and_named(folder, statement, name
         with caplog.at_level(logging.WARNING, "metaembed"):
             assert found(folder, where, skip_damaged=True) == sorted(right - {*lost})
         (warning,) = caplog.messages
-        assert pytest.raises(AssertionError, match=named).matches(AssertionError(warning))
+        assert re.search(named, warning)
     with Index.open(folder, skip_damaged=True) as index:
         assert len(index.search(QUERY, 12 - len(lost))) == 12 - len(lost) == len(index)
         assert len(index.snapshot().damaged) == 1

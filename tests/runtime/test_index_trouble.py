@@ -14,9 +14,9 @@ from metaembed.runtime.budget import Budget
 from metaembed.runtime.cascade import Stage
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.index import Index
-from metaembed.runtime.index_catalogue import _crc
 from metaembed.runtime.index_filter import parse_filters
 from metaembed.runtime.index_layout import Layout
+from metaembed.runtime.index_schema import row_crc
 from metaembed.runtime.index_writer import IndexWriter
 from metaembed.runtime.int8 import quantize_int8
 from metaembed.runtime.screen import may_be_best
@@ -187,7 +187,7 @@ def test_a_catalogue_cannot_name_a_file_elsewhere(tmp_path):
     number, _, items, _, dead, _ = connection.execute("SELECT * FROM segments").fetchone()
     ((checksum,),) = sqlite3.connect(victim / "catalogue.sqlite").execute("SELECT checksum FROM segments").fetchall()
     name = f"../../victim/segments/{target.name}"
-    crc = _crc(number, name, items, checksum, dead)
+    crc = row_crc(number, name, items, checksum, dead)
     connection.execute("UPDATE segments SET name = ?, checksum = ?, crc = ?", (name, checksum, crc))
     connection.commit()
     from metaembed.runtime.index_writer import IndexWriter

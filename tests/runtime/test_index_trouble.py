@@ -1,10 +1,12 @@
 """Indexes in trouble: changed by others in the middle of a search, damaged in part, filled with odd ids, lied to by a catalogue."""
 
 import enum
+import json
 import logging
 import os
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from operator import eq, ge, gt, le, lt, ne
 
 import numpy as np
 import pytest
@@ -230,6 +232,20 @@ def test_odd_values_in_a_filter(tmp_path, text, value):
 def test_filters_that_are_not_unicode_are_refused(text):
     with pytest.raises(UsageError, match="not valid Unicode"):
         parse_filters([text])
+
+
+def test_a_text_with_a_nul_is_not_what_stands_before_it(tmp_path):
+    """Expected by Python's own comparison of texts."""
+    texts = ["a", "a\0b", "a\\u0000b", "a\\\0", "b", "\0", ""]
+    Index.create(tmp_path / "i", Layout(D, (1, 2)))
+    with IndexWriter(tmp_path / "i") as writer:
+        writer.add(list("0123456"), unit(0, 7, 2, D), [{"t": text} for text in texts])
+    with Index.open(tmp_path / "i") as index:
+        for value in ("a", "a\\", "\x01"):
+            for sign, holds in (("=", eq), ("!=", ne), ("<", lt), ("<=", le), (">", gt), (">=", ge)):
+                hits = index.search(unit(9, 2, D), 9, where=[f"t{sign}{json.dumps(value)}"])
+                expected = [str(i) for i, text in enumerate(texts) if holds(text, value)]
+                assert sorted(hit.id for hit in hits) == expected, (value, sign)
 
 
 def test_more_conditions_than_sqlite_nests_are_refused():

@@ -1,7 +1,8 @@
 """Search in stages: a small budget over everything, larger budgets over the survivors. Every stage is exact; on request an
 HNSW graph chooses what the first one scores (index_ann.py).
 
-Ties are broken by id, in the order of their characters, so a result never depends on how items lie in segments.
+Ties are broken by id, in the order of their characters, so a result never depends on how items lie in segments. (Without the C
+kernels BLAS may round equal items apart by where they lie in its tiles: then they do not tie.)
 """
 
 from __future__ import annotations

@@ -146,7 +146,8 @@ class Index:
 
         Args:
             verify: check every item's checksum when it is first read. Without, damage can change answers unseen.
-            skip_damaged: serve what is sound and list the rest in ``snapshot().damaged``, rather than refuse.
+            skip_damaged: serve what is sound and list the rest in ``snapshot().damaged``, rather than refuse. Damaged rows of
+                the catalogue are found when one of them is among the results, or by a condition.
             hold: copy the first so many vectors of every item into memory; the rest stays in mapped files, of which the
                 system keeps what it has room for.
             shard: (i, of): serve the i-th (from 0) of so many equal ranges of rows, and open no other files. The k best

@@ -1,14 +1,15 @@
 """Search in stages: a small budget over everything, larger budgets over the survivors. Every stage is exact; on request an
 HNSW graph chooses what the first one scores (index_ann.py).
 
-Ties are broken by id, in the order of their characters, so a result never depends on how items lie in segments.
+Ties are broken by id, in the order of their characters, so a result never depends on how items lie in segments. (Without the C
+kernels BLAS may round equal items apart by where they lie in its tiles: then they do not tie.)
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -53,6 +54,21 @@ class Stage:
             raise UsageError(f"stage {text!r} is not of the form R_Q,R_C:KEEP (for example 1,1:1000)")
         return cls(Budget.parse(match[1]), int(match[2]) if match[2] else None)
 
+    @classmethod
+    def of(cls, value: object) -> Stage:
+        """A stage from ``(r_q, r_c, keep)``, ``(r_q, r_c)``, or what `parse` reads; a stage as it is."""
+        if isinstance(value, Stage):
+            return value
+        if isinstance(value, str):
+            return cls.parse(value)
+        if isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(map(_is_whole, value)):
+            query, candidate, *keep = map(int, value)
+            return cls(Budget(query, candidate), *keep)
+        raise UsageError(f'{value!r} is no stage of a cascade; write (1, 1, 1000), "1,1:1000", or a Stage')
+
+
+AnyStage = Stage | str | tuple[int, int] | tuple[int, int, int]
+
 
 @dataclass(frozen=True)
 class _Scored:
@@ -80,19 +96,16 @@ def search_index(
     query: NDArray[Any],
     k: int,
     *,
-    cascade: Sequence[Stage] | None,
+    cascade: Sequence[AnyStage] | None,
     where: Sequence[str] = (),
     approximate: bool = False,
 ) -> list[Hit]:
     """See `Index.search`."""
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+    if not _is_whole(k) or k < 1:
         raise UsageError(f"the best {k!r} were asked for; k is a whole number from 1 on")
     if isinstance(where, str) or not all(isinstance(condition, str) for condition in where):
         raise UsageError(f'conditions are a list of texts, ["year>=2020"], not {where!r}')
-    if cascade is not None:
-        cascade = [cascade] if isinstance(cascade, Stage) else list(cascade)
-        if not all(isinstance(stage, Stage) for stage in cascade):
-            raise UsageError("a cascade is a list of stages; Stage.parse reads them from texts such as 1,1:1000")
+    given = None if cascade is None else _stages(cascade)
     queries, _ = prepare(query, np.zeros((0, 1, index.layout.dims), np.float32), None)
     if len(queries) != 1:
         raise UsageError(f"a search takes one query; {len(queries)} were given")
@@ -100,13 +113,24 @@ def search_index(
         raise UsageError("the query holds a NaN or infinite value")
     for _ in range(ATTEMPTS):
         snapshot = index.snapshot()
-        stages = check_cascade(cascade, len(snapshot), queries.shape[1], index.layout.vectors, k)
+        stages = check_cascade(given, len(snapshot), queries.shape[1], index.layout.vectors, k)
         if approximate:
             _check_approximate(index, stages)
         hits = _search(index, snapshot, queries, k, stages, where, approximate)
         if hits is not None:
             return hits
     raise MetaEmbedError(f"{index.folder} was compacted {ATTEMPTS} times during one search; try again")
+
+
+def _stages(cascade: object) -> list[Stage]:
+    """The stages of a list of them, or the only one."""
+    if isinstance(cascade, Iterable) and not isinstance(cascade, str):
+        return [Stage.of(stage) for stage in cascade]
+    return [Stage.of(cascade)]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def check_cascade(

@@ -12,7 +12,6 @@ a segment that `compact` removed stays mapped, so a search that has begun ends o
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -29,11 +28,12 @@ from .errors import BundleError, UsageError
 from .index_ann import AnnStage
 from .index_catalogue import CATALOGUE, Catalogue, SegmentRow
 from .index_layout import Layout
+from .index_rows import SoundRows
 from .index_segment import Rows, Segment
 from .staging import staged_folder
 
 if TYPE_CHECKING:
-    from .cascade import Stage
+    from .cascade import AnyStage
     from .graph_maxsim import Scorer
     from .index_device import DeviceGroups
     from .index_writer import IndexWriter
@@ -109,13 +109,13 @@ class Index:
         self.folder = folder
         self.skip_damaged = skip_damaged
         self._catalogue, self._verify, self._hold, self.shard = catalogue, verify, hold, shard
-        about = catalogue.about()
-        self.layout = Layout.from_json(json.loads(about["layout"]))
+        about, self.layout = catalogue.about(), catalogue.layout()
         self.fingerprint, self.bundle = about.get("fingerprint", ""), about.get("bundle", "")
-        self._version, self._snapshot, self._turn = -1, Snapshot(()), threading.RLock()
+        # The catalogue's version and the changes of `_rows`, of which the snapshot is.
+        self._version, self._snapshot, self._turn = (-1, 0), Snapshot(()), threading.RLock()
         self.device: DeviceGroups | None = None
         self.ann = AnnStage(folder, catalogue, self.layout.dims)
-        self._sound: set[int] = set()  # segments whose rows in the catalogue were all read and found good
+        self._rows = SoundRows(catalogue, skip_damaged=skip_damaged)
 
     @classmethod
     def create(cls, folder: str | Path, layout: Layout, *, fingerprint: str = "", bundle: str = "") -> None:
@@ -146,7 +146,8 @@ class Index:
 
         Args:
             verify: check every item's checksum when it is first read. Without, damage can change answers unseen.
-            skip_damaged: serve what is sound and list the rest in ``snapshot().damaged``, rather than refuse.
+            skip_damaged: serve what is sound and list the rest in ``snapshot().damaged``, rather than refuse. Damaged rows of
+                the catalogue are found when one of them is among the results, or by a condition.
             hold: copy the first so many vectors of every item into memory; the rest stays in mapped files, of which the
                 system keeps what it has room for.
             shard: (i, of): serve the i-th (from 0) of so many equal ranges of rows, and open no other files. The k best
@@ -228,13 +229,15 @@ class Index:
         query: NDArray[Any],
         k: int = 10,
         *,
-        cascade: Sequence[Stage] | None = None,
+        cascade: Sequence[AnyStage] | None = None,
         where: Sequence[str] = (),
         approximate: bool = False,
     ) -> list[Hit]:
         """The k best items for one query (r_q, d), by a cascade of stages (default: `default_cascade`), each exact.
 
         Args:
+            cascade: stages, each a `Stage`, ``(r_q, r_c, keep)`` or ``"r_q,r_c:keep"``; the last keeps what is asked for:
+                ``[(1, 1, 1000), (4, 8, 100), (16, 64)]``.
             where: conditions on payload fields that must all hold, ``year>=2020``.
             approximate: let the HNSW graph (`IndexWriter.build_ann`) choose what a first stage of (1,1) scores, which may miss
                 some of what that stage would have kept. Scores stay exact. Items that were added since are all scored, and
@@ -249,11 +252,11 @@ class Index:
         return search_index(self, query, k, cascade=cascade, where=where, approximate=approximate)
 
     def snapshot(self) -> Snapshot:
-        """The present state; the same object until another process commits."""
+        """The present state; the same object until another process commits, or damaged rows are left out."""
         with self._turn:
             while True:
                 with self._catalogue.reading():
-                    version = self._catalogue.version()
+                    version = self._catalogue.version(), self._rows.changes
                     rows = self._catalogue.segments() if version != self._version else None
                 if rows is None:
                     return self._snapshot
@@ -262,7 +265,7 @@ class Index:
                     if self.device:
                         self.device.keep({part.segment for part in self._snapshot.parts})
                 except BundleError:
-                    if self._catalogue.version() == version:
+                    if self._catalogue.version() == version[0]:
                         raise  # else a segment was compacted away between the two reads
 
     def stored_items(self) -> int:
@@ -270,28 +273,35 @@ class Index:
         return sum(row.items for row in self._catalogue.segments())
 
     def describe(self, snapshot: Snapshot, positions: Rows) -> list[tuple[str, Any]] | None:
-        """Id and payload of every position; None when `compact` has removed some of them since the snapshot."""
+        """Id and payload of every position.
+
+        None when `compact` has removed some of them since the snapshot, or the next one leaves damaged ones out.
+        """
         places = snapshot.places(positions)
         with self._catalogue.reading():
-            found = self._catalogue.describe(places)
+            try:
+                found = self._catalogue.describe(places)
+            except BundleError:
+                if self.skip_damaged and self._rows.lack(snapshot.parts):
+                    return None
+                raise
         return [found[place] for place in places] if len(found) == len(set(places)) else None
 
     def select(self, snapshot: Snapshot, condition: str, values: Sequence[object]) -> Rows | None:
         """Positions of the rows whose payload satisfies a condition of `parse_filters`, dead ones included.
 
-        None when `compact` has removed some segment of the snapshot since.
+        None when `compact` has removed some segment of the snapshot since, or the next one leaves damaged rows out.
 
         The first time that it needs a segment it reads all its rows (2 s per million), lest damage hide some of them.
         """
         with self._catalogue.reading():
             if not {part.number for part in snapshot.parts} <= {row.number for row in self._catalogue.segments()}:
                 return None
-            for part in snapshot.parts:
-                if self._verify and part.number not in self._sound:
-                    self._catalogue.check_rows(part.number, part.segment.items)
-                    self._sound.add(part.number)
+            if (self._verify or self.skip_damaged) and self._rows.lack(snapshot.parts):
+                return None
             found = [
-                np.array(self._catalogue.select(part.number, condition, values), np.int64) + part.start
+                np.array(self._catalogue.select(part.number, condition, values, self._rows.of(part.number)), np.int64)
+                + part.start
                 for part in snapshot.parts
             ]
         return np.concatenate([np.empty(0, np.int64), *found])
@@ -311,6 +321,9 @@ class Index:
         parts: list[Part] = []
         damaged: list[str] = []
         for row, alive in _in_shard(rows, *self.shard):
+            if (sound := self._rows.of(row.number)) is not None:
+                damaged += [f"{self.folder / CATALOGUE} is damaged in {row.items - len(sound)} rows of {row.name}"]
+                alive = alive & np.isin(np.arange(row.items), sound)
             if not alive.any():  # nothing to read: whether the file is sound, or there, does not matter
                 continue
             try:

@@ -2,7 +2,9 @@
 
 One transaction makes an addition visible. The rollback journal, not WAL: WAL needs shared memory (no network disks) and a
 writable folder (no read-only media), and pays when commits are frequent; ours come once per batch. SQLite checks its
-structure, not its content, so every row carries a CRC-32 of its fields.
+structure, not its content: one flipped bit hides a row or leads the index of ids to another. So every row carries a CRC-32 of
+its fields, `about` and `segments` are read whole and compared with a tally of their rows, and a writer, which relies on the
+index of ids and removes files, first has SQLite compare everything (1.4 s for a million items).
 """
 
 from __future__ import annotations
@@ -10,9 +12,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,28 +21,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BundleError, MetaEmbedError, UsageError
+from .errors import BundleError
 from .index_layout import Layout
+from .index_schema import (
+    APPLICATION,
+    FORMAT,
+    SCHEMA,
+    STATE,
+    STRUCTURE,
+    TALLIES,
+    UNTALLIED,
+    row_crc,
+    structure,
+)
+from .index_segment import Rows
+from .index_sentences import BUSY_SECONDS, damage, sentences
 
 CATALOGUE = "catalogue.sqlite"
-FORMAT = 1
-APPLICATION = 0x4D45_4958  # "MEIX", so that `file` and we can tell the catalogue from any other database
-BUSY_SECONDS = 30
 MOST_VARIABLES = 900  # of one statement; SQLite allowed 999 before 3.32
-SCHEMA = f"""
-PRAGMA application_id = {APPLICATION};
-PRAGMA user_version = {FORMAT};
-CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE segments (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, items INTEGER NOT NULL, checksum INTEGER NOT NULL,
-    dead BLOB NOT NULL, crc INTEGER NOT NULL
-);
-CREATE TABLE items (
-    segment INTEGER NOT NULL, row INTEGER NOT NULL, id TEXT NOT NULL, payload TEXT, crc INTEGER NOT NULL,
-    PRIMARY KEY (segment, row)
-) WITHOUT ROWID;
-CREATE INDEX items_by_id ON items (id);
-"""
 Place = tuple[int, int]  # segment number, row
 
 
@@ -67,10 +64,6 @@ def pack_dead(alive: NDArray[np.bool_]) -> bytes:
     return b"" if alive.all() else np.packbits(~alive).tobytes()
 
 
-def _crc(*fields: object) -> int:
-    return zlib.crc32(repr(fields).encode())
-
-
 class Catalogue:
     """An open catalogue. Statements that need one state of it go inside ``with catalogue.reading()`` or ``writing()``.
 
@@ -87,23 +80,31 @@ class Catalogue:
                 f"{self.path.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS, check_same_thread=False,
                 isolation_level=None,
             )  # fmt: skip
-            self._db.execute(f"PRAGMA query_only = {int(not write)}")
-            self._db.execute(
-                "PRAGMA synchronous = EXTRA"
-            )  # the journal's removal is the commit: it must be durable too
-            self._check_format()
+            try:
+                self._db.execute(f"PRAGMA query_only = {int(not write)}")
+                self._db.execute(
+                    "PRAGMA synchronous = EXTRA"
+                )  # the journal's removal is the commit: it must be durable too
+                self._check_format()
+                if write and (found := self.find_damage()):
+                    raise BundleError(found[0])
+            except BaseException:
+                self._db.close()
+                raise
 
     @classmethod
     def create(cls, folder: Path, layout: Layout, about: dict[str, str]) -> None:
         """Write the catalogue of an empty index."""
-        connection = sqlite3.connect(folder / CATALOGUE)
-        try:
+        rows = {"layout": json.dumps(layout.to_json()), **about}
+        crcs = [row_crc(key, value) for key, value in rows.items()]
+        rows[STATE] = json.dumps({"about": [len(crcs), sum(crcs)], "segments": [0, 0], "last": 0})
+        path = folder / CATALOGUE
+        with sentences(path), closing(sqlite3.connect(path)) as connection:
             connection.executescript(SCHEMA)
-            rows = {"layout": json.dumps(layout.to_json()), **about}
-            connection.executemany("INSERT INTO about VALUES (?, ?, ?)", [(k, v, _crc(k, v)) for k, v in rows.items()])
+            connection.executemany(
+                "INSERT INTO about VALUES (?, ?, ?)", [(k, v, row_crc(k, v)) for k, v in rows.items()]
+            )
             connection.commit()
-        finally:
-            connection.close()
 
     def close(self) -> None:
         with self._turn:
@@ -115,90 +116,133 @@ class Catalogue:
             return int(self._db.execute("PRAGMA data_version").fetchone()[0])
 
     def about(self) -> dict[str, str]:
-        with self._sentences():
-            found = {}
+        with self.reading():
+            found: dict[str, str] = {}
+            total = 0
             for key, value, crc in self._db.execute("SELECT key, value, crc FROM about"):
                 self._expect(crc, key, value)
                 found[key] = value
+                total += crc if key != STATE else 0
+            found.pop(STATE, None)
+            self._compare("about", len(found), total)
             return found
 
+    def layout(self) -> Layout:
+        try:
+            return Layout.from_json(json.loads(self.about()["layout"]))
+        except KeyError as error:
+            raise self._damage(f"(it does not say {error})") from None
+
     def segments(self) -> list[SegmentRow]:
-        with self._sentences():
-            rows = []
+        with self.reading():
+            rows: list[SegmentRow] = []
+            total = 0
             for *fields, crc in self._db.execute("SELECT number, name, items, checksum, dead, crc FROM segments"):
                 self._expect(crc, *fields)
                 rows.append(row := SegmentRow(*fields))
+                total += crc
                 if row.name != Path(row.name).name or not row.name.endswith(".safetensors"):
                     raise BundleError(f"{self.path} names a segment {row.name!r}, which is no file name; restore it")
+            self._compare("segments", len(rows), total)
             return rows
 
-    def describe(self, places: Sequence[Place]) -> dict[Place, tuple[str, Any]]:
-        """Id and payload of rows; a row that is not there (compacted away since) is left out."""
+    def describe(self, places: Iterable[Place]) -> dict[Place, tuple[str, Any]]:
+        """Id and payload of rows; those of a segment that is not there (compacted away since) are left out."""
         found: dict[Place, tuple[str, Any]] = {}
-        with self._sentences():
-            for segment, row in places:
-                statement = "SELECT id, payload, crc FROM items WHERE segment = ? AND row = ?"
-                for id_, payload, crc in self._db.execute(statement, (segment, row)):
-                    self._expect(crc, segment, row, id_, payload)
-                    found[segment, row] = id_, None if payload is None else json.loads(payload)
+        lost: list[Place] = []
+        with self.reading():
+            for place in places:
+                if (item := self._item(*place)) is None:
+                    lost.append(place)
+                else:
+                    found[place] = item[0], None if item[1] is None else json.loads(item[1])
+            there = {row.number for row in self.segments()} if lost else set()
+        for segment, row in lost:
+            if segment in there:
+                raise self._damage(f"(row {row} of segment {segment} is missing)")
         return found
 
     def places(self, ids: Iterable[str]) -> dict[str, list[Place]]:
-        """Where ids are stored, dead rows included."""
+        """Where ids are stored, dead rows included.
+
+        That an id is not there is what `items_by_id` says, which `find_damage` compares with the rows when a writer opens.
+        """
         found: dict[str, list[Place]] = {}
         ids = list(ids)
         with self._sentences():
             for start in range(0, len(ids), MOST_VARIABLES):
                 some = ids[start : start + MOST_VARIABLES]
                 marks = ",".join("?" * len(some))
-                statement = f"SELECT id, segment, row FROM items WHERE id IN ({marks})"
-                for id_, segment, row in self._db.execute(statement, some):
+                statement = f"SELECT id, segment, row, payload, crc FROM items WHERE id IN ({marks})"
+                for id_, segment, row, payload, crc in self._db.execute(statement, some):
+                    self._expect(crc, segment, row, id_, payload)
                     found.setdefault(id_, []).append((segment, row))
+        if not found.keys() <= set(ids):
+            raise self._damage("in its index of ids")
         return found
 
-    def rows(self, segment: int) -> Iterator[tuple[int, str, str | None]]:
-        """Row, id and payload (as JSON) of a segment's items, in order of rows."""
+    def rows(self, segment: int, items: int) -> Iterator[tuple[int, str, str | None]]:
+        """Row, id and payload (as JSON) of all so many items of a segment, in order.
+
+        Raises:
+            BundleError: a row is damaged or missing.
+        """
         with self._sentences():
+            expected = 0
             statement = "SELECT row, id, payload, crc FROM items WHERE segment = ? ORDER BY row"
             for row, id_, payload, crc in self._db.execute(statement, (segment,)):
                 self._expect(crc, segment, row, id_, payload)
+                if row != expected:
+                    break
                 yield row, id_, payload
+                expected += 1
+            if expected != items:
+                raise self._damage(f"(row {expected} of segment {segment} is missing)")
 
-    def check_rows(self, segment: int, items: int) -> None:
-        """Read all rows of a segment; a BundleError when one is damaged or missing."""
-        count = sum(1 for _ in self.rows(segment))
-        if count != items:
-            raise BundleError(
-                f"{self.path} is damaged: {count} of {items} rows are left of segment {segment}; restore it"
-            )
+    def sound_rows(self, segment: int, items: int) -> tuple[Rows, str]:
+        """Rows of a segment that can be read, and the first sentence against the others; every one is looked up (5 s a million)."""
+        sound: list[int] = []
+        first = ""
+        for row in range(items):
+            try:
+                if self._item(segment, row) is None:
+                    raise self._damage(f"(row {row} of segment {segment} is missing)")
+                sound.append(row)
+            except BundleError as error:
+                first = first or str(error)
+        return np.array(sound, np.int64), first
 
-    def select(self, segment: int, condition: str, values: Sequence[object]) -> list[int]:
-        """Rows of a segment that satisfy a condition written by `parse_filters`, never by a user."""
+    def select(self, segment: int, condition: str, values: Sequence[object], rows: Rows | None = None) -> list[int]:
+        """Rows of a segment that satisfy a condition written by `parse_filters`, never by a user.
+
+        Args:
+            rows: where others are damaged, those to look at, one by one.
+        """
         with self._sentences():
-            statement = f"SELECT row FROM items WHERE segment = ? AND ({condition})"
-            return [row for (row,) in self._db.execute(statement, (segment, *values))]
+            if rows is None:
+                statement = f"SELECT row FROM items WHERE segment = ? AND ({condition})"
+                return [row for (row,) in self._db.execute(statement, (segment, *values))]
+            statement = f"SELECT row FROM items WHERE segment = ? AND row = ? AND ({condition})"
+            return [row for row in rows.tolist() if self._db.execute(statement, (segment, row, *values)).fetchone()]
 
     def add_segment(self, name: str, checksum: int, items: Sequence[tuple[str, str | None]]) -> int:
         """Enter a segment and its rows' (id, payload as JSON). Inside `writing` only."""
-        cursor = self._db.execute(
-            "INSERT INTO segments (name, items, checksum, dead, crc) VALUES (?, ?, ?, x'', 0)",
-            (name, len(items), checksum),
-        )
-        number = int(cursor.lastrowid or 0)
-        self.set_dead(SegmentRow(number, name, len(items), checksum, b""))
+        number = self._last_number() + 1
+        row = (number, name, len(items), checksum, b"")
+        self._db.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?)", (*row, row_crc(*row)))
         self._db.executemany(
             "INSERT INTO items VALUES (?, ?, ?, ?, ?)",
-            [(number, row, id_, text, _crc(number, row, id_, text)) for row, (id_, text) in enumerate(items)],
+            [(number, row, id_, text, row_crc(number, row, id_, text)) for row, (id_, text) in enumerate(items)],
         )
         return number
 
     def set_about(self, key: str, value: str) -> None:
         """Store an entry of `about`. Inside `writing` only."""
-        self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?, ?)", (key, value, _crc(key, value)))
+        self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?, ?)", (key, value, row_crc(key, value)))
 
     def set_dead(self, row: SegmentRow) -> None:
         """Store a segment row's `dead`. Inside `writing` only."""
-        crc = _crc(row.number, row.name, row.items, row.checksum, row.dead)
+        crc = row_crc(row.number, row.name, row.items, row.checksum, row.dead)
         self._db.execute("UPDATE segments SET dead = ?, crc = ? WHERE number = ?", (row.dead, crc, row.number))
 
     def drop_segments(self, numbers: Iterable[int]) -> None:
@@ -209,31 +253,46 @@ class Catalogue:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """One state of the catalogue for all statements inside."""
-        with self._sentences(), self._transaction("BEGIN"):
-            yield
+        """One state of the catalogue for all statements inside; within another transaction, that one's."""
+        with self._sentences():
+            if self._db.in_transaction:
+                yield
+            else:
+                with self._transaction("BEGIN", "ROLLBACK"):  # a COMMIT repeats what a read found malformed
+                    yield
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """One transaction: everything inside becomes visible and durable together, or not at all."""
-        with self._sentences(), self._transaction("BEGIN IMMEDIATE"):
+        with self._sentences(), self._transaction("BEGIN IMMEDIATE", "COMMIT"):
+            for table in TALLIES:  # or what was lost since the opening would be taken for right
+                self._compare(table, *self._tally(table))
             yield
+            tallies = {table: self._tally(table) for table in TALLIES}
+            self.set_about(STATE, json.dumps({**tallies, "last": self._last_number()}))
+            self._db.execute(f"PRAGMA user_version = {FORMAT}")
 
     def find_damage(self) -> list[str]:
-        """What SQLite says against the file's structure; empty when it is sound."""
+        """What speaks against the catalogue, payloads and rows' checksums apart; empty when it is sound."""
         try:
-            with self._turn:
-                found = [str(row[0]) for row in self._db.execute("PRAGMA integrity_check")]
-        except sqlite3.DatabaseError as error:
-            found = [str(error)]
-        return [f"{self.path}: {line}" for line in found if line != "ok"]
+            with self.reading():
+                found = [" ".join(str(row[0]).split()) for row in self._db.execute("PRAGMA integrity_check")]
+                if found != ["ok"]:
+                    return [str(self._damage(f"({line})")) for line in found]
+                self.layout()
+                counts = dict(self._db.execute("SELECT segment, count(*) FROM items GROUP BY segment"))
+                if counts != {row.number: row.items for row in self.segments()}:
+                    return [str(self._damage("(its items are not those of its segments)"))]
+        except BundleError as error:
+            return [str(error)]
+        return []
 
     @contextmanager
-    def _transaction(self, begin: str) -> Iterator[None]:
+    def _transaction(self, begin: str, end: str) -> Iterator[None]:
         self._db.execute(begin)
         try:
             yield
-            self._db.execute("COMMIT")
+            self._db.execute(end)
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
@@ -242,35 +301,57 @@ class Catalogue:
     @contextmanager
     def _sentences(self) -> Iterator[None]:
         """Turn what SQLite reports into one sentence; one thread at a time."""
-        try:
-            with self._turn:
-                yield
-        except sqlite3.ProgrammingError as error:
-            raise UsageError(f"the index {self.path.parent} is closed") from error
-        except sqlite3.OperationalError as error:
-            raise MetaEmbedError(self._sentence(str(error))) from error
-        except (sqlite3.DatabaseError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BundleError(f"{self.path} is damaged ({error}); restore it, or index again") from error
+        with sentences(self.path), self._turn:
+            yield
 
-    def _sentence(self, reason: str) -> str:
-        if "unable to open" in reason:
-            return f"{self.path} cannot be opened; is {self.path.parent} an index, and readable?"
-        if "disk is full" in reason:
-            return "the disk is full; nothing of this batch was kept; free some space and run again"
-        if "readonly" in reason:
-            return f"{self.path} cannot be written: the file or its disk is read-only"
-        if "locked" in reason:
-            return f"{self.path} stayed locked by another process for {BUSY_SECONDS} s; try again"
-        return f"{self.path} cannot be used ({reason}); restore it, or index again"
+    def _item(self, segment: int, row: int) -> tuple[str, str | None] | None:
+        """Id and payload (as JSON) of a row; None where there is none."""
+        with self._sentences():
+            statement = "SELECT id, payload, crc FROM items WHERE segment = ? AND row = ?"
+            for id_, payload, crc in self._db.execute(statement, (segment, row)):
+                self._expect(crc, segment, row, id_, payload)
+                return id_, payload
+        return None
+
+    def _tally(self, table: str) -> tuple[int, int]:
+        rows, total = self._db.execute(TALLIES[table]).fetchone()
+        return rows, total
+
+    def _compare(self, table: str, rows: int, total: int) -> None:
+        """Refuse a table that does not hold the rows that it was left with."""
+        if self._format() != UNTALLIED and self._state()[table] != [rows, total]:
+            raise self._damage(f"(rows of its {table} are missing)")
+
+    def _state(self) -> dict[str, Any]:
+        for value, crc in self._db.execute("SELECT value, crc FROM about WHERE key = ?", (STATE,)):
+            self._expect(crc, STATE, value)
+            state: dict[str, Any] = json.loads(value)
+            return state
+        raise self._damage("(the tally of its rows is missing)")
+
+    def _last_number(self) -> int:
+        """The largest segment number that was ever given."""
+        if self._format() == UNTALLIED:
+            last = self._db.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()[0]
+        else:
+            last = self._state()["last"]
+        return max(last or 0, self._db.execute("SELECT max(number) FROM segments").fetchone()[0] or 0)
+
+    def _format(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+
+    def _damage(self, what: str) -> BundleError:
+        return damage(self.path, what)
 
     def _expect(self, crc: int, *fields: object) -> None:
-        if crc != _crc(*fields):
-            raise BundleError(f"{self.path} is damaged in the row of {fields[:3]}; restore it, or index again")
+        if crc != row_crc(*fields):
+            raise self._damage(f"in the row of {fields[:3]}")
 
     def _check_format(self) -> None:
         (application,) = self._db.execute("PRAGMA application_id").fetchone()
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if application != APPLICATION:
             raise BundleError(f"{self.path} is no catalogue of an index, or damaged")
-        if version != FORMAT:
+        if (version := self._format()) not in (UNTALLIED, FORMAT):
             raise BundleError(f"{self.path} has format {version}; this version reads {FORMAT}; update metaembed-export")
+        if not structure() <= set(self._db.execute(STRUCTURE)):
+            raise self._damage("(its tables are not those of an index)")

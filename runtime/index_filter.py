@@ -19,6 +19,10 @@ KINDS: dict[type | tuple[type, ...], str] = {
     str: "'text'",
     (int, float): "'integer', 'real'",
 }  # what SQLite calls them in JSON
+# SQLite ends a text of JSON at its first NUL, which json.dumps writes as \u0000; one put back keeps it from equalling what stands
+# before it, and in its order. Without pairs of backslashes, which stand for one, what is left before a u is an escape.
+TEXT = r"""json_extract(payload, ?) || CASE WHEN instr(payload, '\u0000')
+    AND instr(replace(json_extract(payload, ?, ?), '\\', ''), '\u0000') THEN char(0) ELSE '' END"""
 MOST_CONDITIONS = 100  # SQLite nests them, 1,000 deep at most
 MOST = (1 << 63) - 1  # SQLite's largest integer; larger ones are compared as floats
 
@@ -51,8 +55,9 @@ def parse_filters(texts: Iterable[str]) -> tuple[str, list[object]]:
         except UnicodeEncodeError:
             raise UsageError(f"filter {text!r} is not valid Unicode") from None
         kinds = next(kinds for kind, kinds in KINDS.items() if isinstance(read, kind))
-        parts.append(f"json_type(payload, ?) IN ({kinds}) AND json_extract(payload, ?) {OPERATORS[operator]} ?")
-        values += [path, path, read]
+        stored = TEXT if isinstance(read, str) else "json_extract(payload, ?)"
+        parts.append(f"json_type(payload, ?) IN ({kinds}) AND {stored} {OPERATORS[operator]} ?")
+        values += [path] * (1 + stored.count("?")) + [read]
     return " AND ".join(parts) or "1", values
 
 

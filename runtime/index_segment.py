@@ -42,9 +42,11 @@ def write_segment(path: Path, layout: Layout, items: int, source: Source) -> int
             os.fsync(file.fileno())
         partial.rename(path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a write does not know what it writes to
+            error.filename = str(path)
         raise
     return checksum
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from .errors import MetaEmbedError
 from .index_ann import map_graph, read_record
 from .index_catalogue import Catalogue, SegmentRow
@@ -19,12 +17,8 @@ def find_damage(folder: Path, layout: Layout, catalogue: Catalogue) -> list[str]
     found = catalogue.find_damage()
     if found:
         return found  # nothing that such a file says can be relied upon
-    try:
-        rows = catalogue.segments()
-    except MetaEmbedError as error:
-        return [str(error)]
     living: dict[str, str] = {}
-    for row in rows:
+    for row in catalogue.segments():
         found += _segment_damage(folder, layout, row)
         found += _rows_damage(catalogue, row, living)
     found += _ann_damage(folder, catalogue)
@@ -52,14 +46,9 @@ def _segment_damage(folder: Path, layout: Layout, row: SegmentRow) -> Iterator[s
 def _rows_damage(catalogue: Catalogue, segment: SegmentRow, living: dict[str, str]) -> Iterator[str]:
     """Rows of the catalogue: one per item, with sound checksums, and no id alive twice."""
     alive = segment.alive
-    seen = np.zeros(segment.items, bool)
     try:
-        for row, id_, _ in catalogue.rows(segment.number):
-            seen[row] = True
+        for row, id_, _ in catalogue.rows(segment.number, segment.items):
             if alive[row] and living.setdefault(id_, place := f"{segment.name} row {row}") != place:
                 yield f"{id_!r} is in the index twice: {living[id_]} and {place}"
-    except (MetaEmbedError, IndexError) as error:
+    except MetaEmbedError as error:
         yield str(error)
-        return
-    if not seen.all():
-        yield f"{catalogue.path}: {int((~seen).sum())} items of {segment.name} have no row"

@@ -21,7 +21,7 @@ from .errors import BundleError, MetaEmbedError, UsageError
 from .index import SEGMENTS
 from .index_ann import KEY, SUFFIX, write_ann
 from .index_catalogue import CATALOGUE, Catalogue, Place, SegmentRow, pack_dead
-from .index_layout import Layout, cut
+from .index_layout import cut
 from .index_segment import Segment, Source, write_segment
 from .maxsim import Vectors
 
@@ -64,8 +64,7 @@ class IndexWriter:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._catalogue = Catalogue(self.folder, write=True)
-            self.about = self._catalogue.about()
-            self.layout = Layout.from_json(json.loads(self.about["layout"]))
+            self.about, self.layout = self._catalogue.about(), self._catalogue.layout()
             self._remove_orphans()
         except BlockingIOError:
             self._lock.close()
@@ -211,12 +210,10 @@ class IndexWriter:
         items = [
             (id_, payload)
             for row, keep in zip(living, map(set, alive), strict=True)
-            for place, id_, payload in self._catalogue.rows(row.number)
+            for place, id_, payload in self._catalogue.rows(row.number, row.items)
             if place in keep
         ]
         count = sum(map(len, alive))
-        if len(items) != count:
-            raise BundleError(f"{self.folder} is damaged: {count} rows are alive, {len(items)} have an id; restore it")
 
         def source(group: int) -> Iterator[Vectors]:
             step = max(1, PIECE_BYTES // self.layout.item_bytes)
@@ -250,12 +247,16 @@ class IndexWriter:
 
     def _alive_places(self, ids: Sequence[str]) -> dict[str, Place]:
         alive = {row.number: row.alive for row in self._catalogue.segments()}
-        return {
-            id_: place
-            for id_, places in self._catalogue.places(ids).items()
-            for place in places
-            if alive[place[0]][place[1]]
-        }
+        found: dict[str, Place] = {}
+        for id_, places in self._catalogue.places(ids).items():
+            for number, row in places:
+                if number not in alive or not 0 <= row < len(alive[number]):
+                    raise BundleError(
+                        f"{self.folder / CATALOGUE} puts {id_!r} where no item is; restore it, or index again"
+                    )
+                if alive[number][row]:
+                    found[id_] = number, row
+        return found
 
     def _bury(self, places: Iterable[Place]) -> None:
         dead: dict[int, list[int]] = {}
@@ -271,7 +272,7 @@ class IndexWriter:
                 )
 
     def _remove_orphans(self) -> None:
-        """What killed writers left: files of which the catalogue knows nothing."""
+        """What killed writers left: files of which the catalogue knows nothing. It was compared when it was opened."""
         known = {row.name for row in self._catalogue.segments()}
         for path in (self.folder / SEGMENTS).iterdir():
             if path.name not in known and path.suffix in (".safetensors", ".partial"):

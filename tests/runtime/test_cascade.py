@@ -44,6 +44,22 @@ def by_hand(vectors, query, stages, k):
     return left
 
 
+def test_a_cascade_is_written_as_tuples_texts_or_stages(corpus):
+    folder, _, _, query = corpus
+    with Index.open(folder) as index:
+        found = [
+            index.search(query, 10, cascade=cascade)
+            for cascade in (
+                [Stage(Budget(1, 1), 60), Stage(Budget(2, 4), 30), Stage(Budget(4, 8))],
+                [(1, 1, 60), (2, 4, 30), (4, 8)],
+                ["1,1:60", "2,4:30", "4,8"],
+                ((np.int64(1), 1, 60), "2,4:30", [4, 8]),
+            )
+        ]
+        assert found[1:] == found[:1] * 3
+        assert index.search(query, 3, cascade="4,8") == index.search(query, 3, cascade=[(4, 8)])
+
+
 @pytest.mark.parametrize(
     "stages",
     [

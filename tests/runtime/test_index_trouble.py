@@ -1,10 +1,12 @@
 """Indexes in trouble: changed by others in the middle of a search, damaged in part, filled with odd ids, lied to by a catalogue."""
 
 import enum
+import json
 import logging
 import os
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from operator import eq, ge, gt, le, lt, ne
 
 import numpy as np
 import pytest
@@ -14,9 +16,9 @@ from metaembed.runtime.budget import Budget
 from metaembed.runtime.cascade import Stage
 from metaembed.runtime.errors import BundleError, UsageError
 from metaembed.runtime.index import Index
-from metaembed.runtime.index_catalogue import _crc
 from metaembed.runtime.index_filter import parse_filters
 from metaembed.runtime.index_layout import Layout
+from metaembed.runtime.index_schema import row_crc
 from metaembed.runtime.index_writer import IndexWriter
 from metaembed.runtime.int8 import quantize_int8
 from metaembed.runtime.screen import may_be_best
@@ -187,7 +189,7 @@ def test_a_catalogue_cannot_name_a_file_elsewhere(tmp_path):
     number, _, items, _, dead, _ = connection.execute("SELECT * FROM segments").fetchone()
     ((checksum,),) = sqlite3.connect(victim / "catalogue.sqlite").execute("SELECT checksum FROM segments").fetchall()
     name = f"../../victim/segments/{target.name}"
-    crc = _crc(number, name, items, checksum, dead)
+    crc = row_crc(number, name, items, checksum, dead)
     connection.execute("UPDATE segments SET name = ?, checksum = ?, crc = ?", (name, checksum, crc))
     connection.commit()
     from metaembed.runtime.index_writer import IndexWriter
@@ -230,6 +232,20 @@ def test_odd_values_in_a_filter(tmp_path, text, value):
 def test_filters_that_are_not_unicode_are_refused(text):
     with pytest.raises(UsageError, match="not valid Unicode"):
         parse_filters([text])
+
+
+def test_a_text_with_a_nul_is_not_what_stands_before_it(tmp_path):
+    """Expected by Python's own comparison of texts."""
+    texts = ["a", "a\0b", "a\\u0000b", "a\\\0", "b", "\0", ""]
+    Index.create(tmp_path / "i", Layout(D, (1, 2)))
+    with IndexWriter(tmp_path / "i") as writer:
+        writer.add(list("0123456"), unit(0, 7, 2, D), [{"t": text} for text in texts])
+    with Index.open(tmp_path / "i") as index:
+        for value in ("a", "a\\", "\x01"):
+            for sign, holds in (("=", eq), ("!=", ne), ("<", lt), ("<=", le), (">", gt), (">=", ge)):
+                hits = index.search(unit(9, 2, D), 9, where=[f"t{sign}{json.dumps(value)}"])
+                expected = [str(i) for i, text in enumerate(texts) if holds(text, value)]
+                assert sorted(hit.id for hit in hits) == expected, (value, sign)
 
 
 def test_more_conditions_than_sqlite_nests_are_refused():
@@ -315,9 +331,15 @@ def test_a_closed_writer_lets_go_although_the_process_has_forked(tmp_path):
         ({"k": 2.5}, "whole number"),
         ({"k": "3"}, "whole number"),
         ({"k": None}, "whole number"),
-        ({"cascade": "1,1"}, "Stage.parse"),
-        ({"cascade": ["1,1"]}, "Stage.parse"),
-        ({"cascade": [Budget(1, 1)]}, "Stage.parse"),
+        ({"cascade": "1,1 2,2"}, "R_Q,R_C"),
+        ({"cascade": ["1"]}, "R_Q,R_C"),
+        ({"cascade": 1}, "1 is no stage"),
+        ({"cascade": [1, 1]}, "1 is no stage"),
+        ({"cascade": [Budget(1, 1)]}, "is no stage"),
+        ({"cascade": [(1, 1, 1.5)]}, "is no stage"),
+        ({"cascade": [(True, 1)]}, "is no stage"),
+        ({"cascade": [(0, 1)]}, "at least one vector"),
+        ({"cascade": [(1, 1, 0), (2, 2)]}, "leaves nothing"),
         ({"where": "n=1"}, "list of texts"),
         ({"where": [1]}, "list of texts"),
     ],

@@ -280,7 +280,9 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, value):
     bad = PARAMETERS["layer.k_proj.weight"].copy()
     bad[2, 3] = value
     model = write_graph(tmp_path, "g.onnx", {**PARAMETERS, "layer.k_proj.weight": bad})
-    with pytest.raises(BundleError, match=r"layer.k_proj.weight in \S+/weights/w.bin holds 1 values that are NaN or infinite"):
+    with pytest.raises(
+        BundleError, match=r"layer.k_proj.weight in \S+/weights/w.bin holds 1 values that are NaN or infinite"
+    ):
         check_finite(tmp_path, [model])
 
 

@@ -144,7 +144,9 @@ def test_engines_of_a_bundle_that_changed_meanwhile_are_not_vouched_for(folder, 
         (folder / MANIFEST).write_text(json.dumps(data))
 
     meanwhile.append(change)
-    with pytest.raises(BundleError, match="another bundle while its engines were built; build again: metaembed-build .* -f"):
+    with pytest.raises(
+        BundleError, match="another bundle while its engines were built; build again: metaembed-build .* -f"
+    ):
         build(folder, "a100")
     assert targets(folder) == []
     assert not (folder / "engines" / "a100-80gb").exists()

@@ -67,7 +67,7 @@ def build(order: dict[str, Any], events: Events) -> None:
     network = NetworkFromOnnxPath(order["onnx"], strongly_typed=True)()  # from the path: weights lie beside the graph
     builder, definition = network[0], network[1]
     monitor = make_progress_monitor(events)
-    config = make_config(order, monitor)(builder, definition)
+    config = make_config(order, monitor, builder, definition)
     plan = Path(order["plan"])
     if not write_plan(builder, definition, config, plan):
         raise PolygraphyException("the builder returned no engine")
@@ -75,18 +75,23 @@ def build(order: dict[str, Any], events: Events) -> None:
     events.send(event="done", layers=definition.num_layers, tensors=describe_tensors(definition))
 
 
-def make_config(order: dict[str, Any], monitor: Any) -> Any:
-    """Polygraphy's builder configuration. No precision flags: precision is the graph's."""
+def make_config(order: dict[str, Any], monitor: Any, builder: Any, definition: Any) -> Any:
+    """Polygraphy's builder configuration. No precision flags: precision is the graph's, but for TensorFloat-32, which has 10 of
+    float32's 23 bits: on by default in both, off in Polygraphy for TensorRT, and left on for TensorRT-RTX.
+    """
     common: dict[str, Any] = {
         "profiles": [make_profile(profile) for profile in order["profiles"]],
         "progress_monitor": monitor,
     }
     if polygraphy_config.USE_TENSORRT_RTX:
         capability = tuple(order["capability"])
-        return CreateConfigRTX(compute_capabilities=[capability], **common)
-    cache = order.get("timing_cache")
-    known = cache if cache and Path(cache).is_file() else None
-    return CreateConfig(load_timing_cache=known, tf32=order.get("tf32", False), **common)
+        config = CreateConfigRTX(compute_capabilities=[capability], **common)(builder, definition)
+    else:
+        cache = order.get("timing_cache")
+        known = cache if cache and Path(cache).is_file() else None
+        config = CreateConfig(load_timing_cache=known, **common)(builder, definition)
+    (config.set_flag if order.get("tf32") else config.clear_flag)(trt.BuilderFlag.TF32)
+    return config
 
 
 def make_profile(profile: dict[str, Any]) -> Any:

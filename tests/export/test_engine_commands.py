@@ -38,7 +38,7 @@ def test_tensorfloat_32_is_set_as_our_builder_sets_it(version):
 def test_tensorrt_rtx_takes_capabilities_without_a_dot_and_polygraphy_with_one(capability, written):
     line = trtexec_command(LANGUAGE, "tensorrt_rtx", capability, "1.7.1")
     assert f"--computeCapabilities={written}" in line.split()
-    assert "TF32" not in line, "our builder leaves TensorRT-RTX's own setting alone"
+    assert "TF32" not in line, "tensorrt_rtx documents no such flag"
     assert f"--compute-capabilities {written[:-1]}.{written[-1]}" in polygraphy_command(
         LANGUAGE, "tensorrt_rtx", capability
     )

@@ -100,3 +100,25 @@ def test_progress_of_several_threads_stays_one_event_a_line():
         thread.join()
     found = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert sorted((event["name"], event["done"]) for event in found) == [(n, k) for n in "abcd" for k in range(10)]
+
+
+CONFIG = """
+import json, sys
+from metaembed.export.engine_worker import make_config, trt
+builder = trt.Builder(trt.Logger())
+network = builder.create_network(0)
+common = {"profiles": [], "capability": [8, 0]}
+orders = ({}, {"tf32": False}, {"tf32": True})
+configs = [make_config({**common, **order}, None, builder, network) for order in orders]
+flags = [config.get_flag(trt.BuilderFlag.TF32) for config in configs]
+print(json.dumps([builder.create_builder_config().get_flag(trt.BuilderFlag.TF32), *flags]))
+"""
+
+
+def test_float32_engines_are_built_without_tensorfloat_32():
+    """TensorRT-RTX's own default is on, and Polygraphy's configuration leaves it so: 10 bits where 1e-5 was promised."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1"}
+    done = subprocess.run([sys.executable, "-c", CONFIG], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [True, False, False, True]

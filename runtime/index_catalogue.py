@@ -35,7 +35,7 @@ from .index_schema import (
     structure,
 )
 from .index_segment import Rows
-from .index_sentences import BUSY_SECONDS, damage, sentences
+from .index_sentences import BUSY_SECONDS, damage, on_one_line, sentences
 
 CATALOGUE = "catalogue.sqlite"
 MOST_VARIABLES = 900  # of one statement; SQLite allowed 999 before 3.32
@@ -276,7 +276,7 @@ class Catalogue:
         """What speaks against the catalogue, payloads and rows' checksums apart; empty when it is sound."""
         try:
             with self.reading():
-                found = [" ".join(str(row[0]).split()) for row in self._db.execute("PRAGMA integrity_check")]
+                found = [on_one_line(row[0]) for row in self._db.execute("PRAGMA integrity_check")]
                 if found != ["ok"]:
                     return [str(self._damage(f"({line})")) for line in found]
                 self.layout()

@@ -31,9 +31,14 @@ def sentences(path: Path) -> Iterator[None]:
     except sqlite3.ProgrammingError as error:
         raise UsageError(f"the index {path.parent} is closed") from error
     except sqlite3.OperationalError as error:
-        raise _trouble(path, str(error)) from error
+        raise _trouble(path, on_one_line(error)) from error
     except (sqlite3.DatabaseError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise damage(path, f"({error})") from error
+        raise damage(path, f"({on_one_line(error)})") from error
+
+
+def on_one_line(said: object) -> str:
+    """What SQLite says, which may quote a damaged schema, and breaks its reports into lines."""
+    return " ".join(str(said).split())
 
 
 def damage(path: Path, what: str) -> BundleError:

@@ -260,6 +260,18 @@ def test_a_closed_index_says_so(folder):
         index.search(QUERY)
 
 
+def test_a_schema_that_is_quoted_does_not_break_a_sentence(folder):
+    """Found by flips: SQLite names the word that it cannot read, with the line breaks that are in it."""
+    path = folder / CATALOGUE
+    content = path.read_bytes()
+    assert content.count(b"payload TEXT") == 1
+    path.write_bytes(content.replace(b"payload TEXT", b"payload '\n\nT"))
+    for opening in (Index.open, IndexWriter):
+        with pytest.raises(BundleError, match="damaged") as caught:
+            opening(folder)
+        assert len(str(caught.value).splitlines()) == 1
+
+
 def create_limited(folder, size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     try:

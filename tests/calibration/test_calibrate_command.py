@@ -145,16 +145,28 @@ def test_a_smaller_budget_is_a_prefix_of_a_larger_one_in_int8_too(int8):
 
 
 def test_integer_kernels_give_what_the_exact_simulation_gives(int8):
-    """ONNX Runtime's integer products against Q/DQ computed in floating point, without fusing anything."""
+    """ONNX Runtime's integer products against Q/DQ computed in floating point, without fusing anything.
+
+    Sums differ in their last bits, and now and then one lies where rounding turns, so that a few vectors differ more. Kernels
+    that saturate (those for VNNI, on a processor without) move them all.
+    """
     from metaembed.calibration.sessions import ExactSession
 
     folder, _ = int8
     models = [ir.load(folder / name) for name in ("vision.onnx", "language.onnx")]
     exact = Encoder(Bundle.open(folder), *(ExactSession(model, folder, threads=1) for model in models))
     with Encoder.open(folder, threads=1) as encoder, exact:
-        texts = ["a red umbrella", "a green star"]
+        texts = [
+            "a red umbrella",
+            "a green star",
+            "Which page is it?",
+            "two knights and a queen",
+            "pink telephone",
+            "x",
+        ]
         cosines = (encoder.encode_queries(texts) * exact.encode_queries(texts)).sum(-1)
-        assert cosines.min() > 0.9999
+        assert np.median(cosines) > 0.9999
+        assert cosines.min() > 0.99
 
 
 def edited(recipe: Recipe, **changes: object) -> Recipe:
@@ -239,7 +251,10 @@ def test_nan_in_a_weight_is_named_and_nothing_is_written(small_bundle, calibrati
     path.unlink()  # it may be a hard link
     path.write_bytes(data)
     write_manifest(folder, Bundle.open(folder, verify=False).manifest)
-    with pytest.raises(BundleError, match=r"layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN"):
+    with pytest.raises(
+        BundleError,
+        match=r"up_proj\.weight in \S+/model.safetensors holds 1 values that are NaN",
+    ):
         quantise_bundle(folder, Request(type="int8", data=calibration_set), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from .dataset import CalibrationSet
 from .formats import find_format
 from .judge import Judge, Verdict
 from .linears import check_finite, read_tensor
+from .nearest import find_passing
 from .observe import count_multiplies, observe
 from .observers import OBSERVERS
 from .recipe import GroupRecipe, Recipe
@@ -118,7 +120,14 @@ def quantise_bundle(
         check = None
         if request.judge and not bundle.unverified:
             report("comparing with the golden vectors")
-            check = _final_check(folder, recipe, nearest, request.threads, progress)
+            check = _final_check(folder, request.threads, progress)
+            if not check:
+                recipe.save(nearest)
+                with tempfile.TemporaryDirectory(prefix=".nearest-", dir=output.parent) as scratch:
+                    passing = _find_passing(bundle, request, recipe, Path(scratch), report, progress)
+                if passing is not None:
+                    passing.save(nearest)
+                raise ParityError(_failed(check, recipe, request, nearest, passing))
         manifest = Bundle.open(folder, verify=False).manifest
         write_manifest(folder, replace(manifest, parity=None if check is None else check.to_json()))
     return Quantised(recipe, verdict, check)
@@ -141,16 +150,21 @@ def _settle(workshop: Workshop, request: Request, report: Report, progress: Prog
     if not request.judge:
         return recipe, None
     report("judging on held-out data")
-    with workshop.source_encoder() as reference:
-        held_out = request.data.held_out
-        judge = Judge(reference, [*held_out, *awkward(held_out, held_out=True)], TOLERANCES[request.type])
     found = sensitivity.search(
         recipe,
-        lambda attempt: judge.judge(workshop.encoder(attempt)),
+        make_judge(workshop, request.data),
         min_share=request.min_share,
         progress=lambda names: progress(names, "sensitivity"),
     )
     return found.recipe, found.verdict
+
+
+def make_judge(workshop: Workshop, data: CalibrationSet) -> sensitivity.Try:
+    """Judges recipes on the held-out data, beside the source."""
+    with workshop.source_encoder() as reference:
+        items = [*data.held_out, *awkward(data.held_out, held_out=True)]
+        judge = Judge(reference, items, TOLERANCES[workshop.form.name])
+    return lambda recipe: judge.judge(workshop.encoder(recipe))
 
 
 def draft_recipe(workshop: Workshop, request: Request, report: Report, progress: Progress) -> Recipe:
@@ -226,20 +240,36 @@ def _write(workshop: Workshop, recipe: Recipe, request: Request, folder: Path) -
     write_manifest(folder, replace(source.manifest, quantization=quantization, parity=None, tools=tools))
 
 
-def _final_check(folder: Path, recipe: Recipe, nearest: Path, threads: int, progress: Progress) -> Check:
+def _final_check(folder: Path, threads: int, progress: Progress) -> Check:
     """Replay the golden vectors the way metaembed-check will: with the sessions of this machine, all images."""
     with Encoder.open(folder, verify=False, threads=threads) as encoder:
-        check = check_bundle(encoder, progress=lambda work: progress(work, "replaying"))
-    if not check:
-        recipe.save(nearest)
-        failures = check.failures()
-        more = f"; and {len(failures) - SAID} more" if len(failures) > SAID else ""
-        raise ParityError(
-            f"the {recipe.type} bundle fails its own check and was not written: {'; '.join(failures[:SAID])}{more}. More inputs, "
-            f"more like what users bring, may help (--data, --samples); or take its recipe, {nearest}, set more of its costliest "
-            "groups to quantised: false and give it to metaembed-calibrate with --recipe"
+        return check_bundle(encoder, progress=lambda work: progress(work, "replaying"))
+
+
+def _find_passing(
+    bundle: Bundle, request: Request, recipe: Recipe, scratch: Path, report: Report, progress: Progress
+) -> Recipe | None:
+    report("the golden vectors are out of tolerance; looking for the nearest recipe that passes")
+    workshop = Workshop(bundle, scratch, find_format(request.type), request.threads)
+    judge = make_judge(workshop, request.data) if request.data else None
+    return find_passing(workshop, recipe, judge, lambda names: progress(names, "sensitivity"))
+
+
+def _failed(check: Check, recipe: Recipe, request: Request, nearest: Path, passing: Recipe | None) -> str:
+    failures = check.failures()
+    more = f"; and {len(failures) - SAID} more" if len(failures) > SAID else ""
+    start = f"the {recipe.type} bundle fails its own check and was not written: {'; '.join(failures[:SAID])}{more}. "
+    data = "More inputs, more like what users bring, may help (--data, --samples)"
+    if passing is None:
+        return (
+            f"{start}{data}; or take its recipe, {nearest}, set more of its costliest groups to quantised: false and give it to "
+            "metaembed-calibrate with --recipe"
         )
-    return check
+    accept = "" if passing.share >= request.min_share else f" --min-share {_floor(passing.share)}"
+    return (
+        f"{start}{data}; or keep {len(passing.high)} of {len(passing.groups)} groups high, {passing.share:.1%} of the work "
+        f"quantised, with which a simulation passes: metaembed-calibrate BUNDLE --quantize {recipe.type} --recipe {nearest}{accept}"
+    )
 
 
 def _too_little(recipe: Recipe, request: Request, nearest: Path) -> str:

@@ -13,6 +13,7 @@ from .recipe import Recipe
 MARGIN = 0.25
 EXTRA = 0.25  # products that quantising in two steps may add: where more is needed, keeping groups high is cheaper
 Try = Callable[[Recipe], Verdict]
+Check = Callable[[Recipe], Any]  # what it gives is true where the recipe passes
 Progress = Callable[[Any], Iterable[Any]]
 
 
@@ -21,7 +22,7 @@ class Found:
     """A recipe and its verdict. ``trials``: how many were judged until then."""
 
     recipe: Recipe
-    verdict: Verdict
+    verdict: Any
     trials: int
 
 
@@ -40,8 +41,7 @@ def search(recipe: Recipe, judge: Try, *, min_share: float = 1.0, progress: Prog
     verdict = judge(everything)
     if _with_margin(verdict):
         return Found(everything, verdict, 1)
-    costs = {name: judge(recipe.quantising([name]).quantising_twice(())).loss for name in progress(names)}
-    everything = everything.with_costs(costs)
+    everything = measure_costs(everything, judge, progress)
     order = by_cost(everything)
     ladder = Ladder(judge, trials=1 + len(names))
     steps = [everything.quantising_twice(order[:count]) for count in range(len(order) + 1)]
@@ -60,6 +60,14 @@ def search(recipe: Recipe, judge: Try, *, min_share: float = 1.0, progress: Prog
     return ladder.first(kept_high, bool) or ladder.judged(kept_high[-1])
 
 
+def measure_costs(recipe: Recipe, judge: Try, progress: Progress = iter) -> Recipe:
+    """The recipe with what each group costs when it alone is quantised, in one step."""
+    names = [group.name for group in recipe.groups]
+    return recipe.with_costs(
+        {name: judge(recipe.quantising([name]).quantising_twice(())).loss for name in progress(names)}
+    )
+
+
 def _with_margin(verdict: Verdict) -> bool:
     return verdict.has_margin(MARGIN)
 
@@ -67,7 +75,7 @@ def _with_margin(verdict: Verdict) -> bool:
 class Ladder:
     """Recipes of growing care, judged as few times as possible. ``trials``: how many were judged."""
 
-    def __init__(self, judge: Try, trials: int) -> None:
+    def __init__(self, judge: Check, trials: int) -> None:
         self._judge = judge
         self.trials = trials
 
@@ -75,7 +83,7 @@ class Ladder:
         self.trials += 1
         return Found(recipe, self._judge(recipe), self.trials)
 
-    def first(self, steps: Sequence[Recipe], accept: Callable[[Verdict], bool]) -> Found | None:
+    def first(self, steps: Sequence[Recipe], accept: Callable[[Any], bool]) -> Found | None:
         """The first acceptable step after step 0, which is known not to be; None where the last is not either."""
         low, high = 0, len(steps) - 1
         found = self.judged(steps[high]) if high else None

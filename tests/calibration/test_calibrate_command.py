@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from metaembed.calibration.dataset import CalibrationSet
 from metaembed.calibration.linears import find_linears
 from metaembed.calibration.quantise import Quantised, Request, quantise_bundle
 from metaembed.calibration.recipe import Recipe
+from metaembed.calibration.sensitivity import Found
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.cli_check import main as check
 from metaembed.runtime.encoder import Encoder
@@ -179,6 +181,25 @@ def test_a_bundle_that_fails_its_own_check_is_never_written(int8, small_bundle, 
     with pytest.raises(ParityError, match="fails its own check and was not written"):
         quantise_bundle(small_bundle, Request(type="int8", recipe=ruined, threads=1), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out.recipe.json"]
+
+
+def test_the_recipe_that_a_failed_check_proposes_passes(
+    int8, small_bundle, calibration_set, tmp_path, monkeypatch, capsys
+):
+    """A group's range is a thousand times too small, and the search, which is tested on its own, says that all is well."""
+    group = int8[1].recipe.groups[-1].name
+    groups = tuple(
+        replace(entry, cost=None, amax=entry.amax / (1000 if entry.name == group else 1))
+        for entry in int8[1].recipe.groups
+    )
+    ruined = replace(int8[1].recipe, groups=groups)
+    monkeypatch.setattr("metaembed.calibration.sensitivity.search", lambda *_, **__: Found(ruined, int8[1].verdict, 1))
+    with pytest.raises(ParityError, match="with which a simulation passes: metaembed-calibrate BUNDLE") as failed:
+        quantise_bundle(small_bundle, Request(type="int8", data=calibration_set, threads=1), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.recipe.json"]
+    assert group in Recipe.load(tmp_path / "out.recipe.json").high
+    words = shlex.split(str(failed.value).split("metaembed-calibrate BUNDLE ")[1])
+    assert main([str(small_bundle), *words, "-o", str(tmp_path / "out"), "--quiet"]) == 0
 
 
 def test_too_small_a_share_fails_and_names_the_nearest_recipe(

@@ -122,9 +122,9 @@ def _stack_remainder(graph: ir.Graph, group: Group, scale: Array, form: Format) 
     one, two = ir.Shape([1, *shape]), ir.Shape([2, *shape])
 
     def add(op: str, inputs: list[ir.Value], what: str, size: ir.Shape, **attributes: int) -> ir.Value:
-        node = ir.node(op, inputs, attributes, name=f"{name}/{what}")
+        node = new_node(op, inputs, f"{name}/{what}", kind, size, **attributes)
         graph.insert_before(before, node)
-        return describe(node, f"{name}/{what}/out", kind, size)
+        return node.outputs[0]
 
     rest = add("Sub", [x, rounded], "rest", shape)
     rest = add("Mul", [rest, factor], "magnified", shape)
@@ -143,12 +143,10 @@ def _add_halves(graph: ir.Graph, linear: Linear, form: Format) -> None:
     factor = initialiser(graph, f"{name}/reduce", np.asarray(form.remainder, kind.numpy()))
     place = [initialiser(graph, f"index_{index}", np.array(index, np.int64)) for index in range(2)]
     upper, lower = (
-        ir.node("Gather", [product, at], {"axis": 0}, name=f"{name}/half_{k}") for k, at in enumerate(place)
+        new_node("Gather", [product, at], f"{name}/half_{k}", kind, shape, axis=0) for k, at in enumerate(place)
     )
-    small = ir.node("Mul", [lower.outputs[0], factor], name=f"{name}/reduced")
-    total = ir.node("Add", [upper.outputs[0], small.outputs[0]], name=f"{name}/sum")
-    for node in (upper, lower, small, total):
-        describe(node, f"{node.name}/out", kind, shape)
+    small = new_node("Mul", [lower.outputs[0], factor], f"{name}/reduced", kind, shape)
+    total = new_node("Add", [upper.outputs[0], small.outputs[0]], f"{name}/sum", kind, shape)
     graph.insert_after(linear.matmul, [upper, lower, small, total])
     for user, position in users:
         user.replace_input_with(position, total.outputs[0])
@@ -191,6 +189,15 @@ def _round_weight(graph: ir.Graph, linear: Linear, weights: Weights, kind: np.dt
     describe(restore, f"{name}/rounded", compute, codes.shape)
     graph.insert_before(linear.matmul, [*nodes, restore])
     return restore.outputs[0]
+
+
+def new_node(
+    op: str, inputs: Sequence[ir.Value | None], name: str, kind: ir.DataType, shape: ir.Shape | None, **attributes: int
+) -> ir.Node:
+    """A node whose one output is ``<name>/out``; in no graph yet."""
+    node = ir.node(op, inputs, attributes, name=name)
+    describe(node, f"{name}/out", kind, shape)
+    return node
 
 
 def describe(node: ir.Node, name: str, kind: ir.DataType, shape: ir.Shape | None) -> ir.Value:

@@ -43,7 +43,7 @@ def search(recipe: Recipe, judge: Try, *, min_share: float = 1.0, progress: Prog
         return Found(everything, verdict, 1)
     everything = measure_costs(everything, judge, progress)
     order = by_cost(everything)
-    ladder = Ladder(judge, trials=1 + len(names))
+    ladder = Ladder(judge, trials=1 + len(names), known=[(everything, verdict)])
     steps = [everything.quantising_twice(order[:count]) for count in range(len(order) + 1)]
     affordable = [step for step in steps if step.extra <= EXTRA]
     found = ladder.first(affordable, _with_margin) or ladder.judged(affordable[-1])
@@ -73,15 +73,20 @@ def _with_margin(verdict: Verdict) -> bool:
 
 
 class Ladder:
-    """Recipes of growing care, judged as few times as possible. ``trials``: how many were judged."""
+    """Recipes of growing care, each judged once, and as few as possible. ``trials``: how many were judged."""
 
-    def __init__(self, judge: Check, trials: int) -> None:
+    def __init__(self, judge: Check, trials: int, known: Iterable[tuple[Recipe, Any]] = ()) -> None:
         self._judge = judge
+        self._known = list(known)
         self.trials = trials
 
     def judged(self, recipe: Recipe) -> Found:
-        self.trials += 1
-        return Found(recipe, self._judge(recipe), self.trials)
+        verdict = next((verdict for known, verdict in self._known if known == recipe), None)
+        if verdict is None:
+            verdict = self._judge(recipe)
+            self._known.append((recipe, verdict))
+            self.trials += 1
+        return Found(recipe, verdict, self.trials)
 
     def first(self, steps: Sequence[Recipe], accept: Callable[[Any], bool]) -> Found | None:
         """The first acceptable step after step 0, which is known not to be; None where the last is not either."""

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from metaembed.runtime.tensors import TOKEN_TABLE
 
-from .qdq import Weights, describe, external, initialiser
+from .qdq import Weights, external, initialiser, new_node
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,17 +17,13 @@ class TokenTable:
     """``Gather(table, ids)``: rows (b, t, hidden) of the table (vocab, hidden), in its stored type.
 
     Attributes:
+        stored: the initialiser.
         rows: the rows as the graph computes with them: the Gather's output, or its Cast in a float32 twin.
     """
 
     gather: ir.Node
+    stored: ir.Value
     rows: ir.Value
-
-    @property
-    def stored(self) -> ir.Value:
-        value = self.gather.inputs[0]
-        assert value is not None
-        return value
 
 
 def find_table(model: ir.Model) -> TokenTable | None:
@@ -38,7 +34,7 @@ def find_table(model: ir.Model) -> TokenTable | None:
     ((gather, _),) = value.uses()
     rows = gather.outputs[0]
     (user, *others), _ = zip(*rows.uses(), strict=True)
-    return TokenTable(gather, user.outputs[0] if user.op_type == "Cast" and not others else rows)
+    return TokenTable(gather, value, user.outputs[0] if user.op_type == "Cast" and not others else rows)
 
 
 def quantise_table(graph: ir.Graph, table: TokenTable, weights: Weights, kind: np.dtype) -> None:
@@ -64,21 +60,15 @@ def quantise_table(graph: ir.Graph, table: TokenTable, weights: Weights, kind: n
     zero = initialiser(graph, f"{name}_zero", np.zeros((), np.int8))
     keep = initialiser(graph, f"{name}_shape", np.zeros(len(shape), np.int64))  # of each axis, its own size
 
-    def node(op: str, inputs: list[ir.Value | None], what: str, kind: ir.DataType, size: ir.Shape) -> ir.Node:
-        made = ir.node(op, inputs, name=f"{name}/{what}")
-        describe(made, f"{name}/{what}/out", kind, size)
-        return made
-
-    widen = node("DequantizeLinear", [stored, one, zero], "dequantise", compute, codes.shape)
-    round_ = node("QuantizeLinear", [gather.outputs[0], one, zero], "round", ir.DataType.INT8, shape)
-    same = node("Reshape", [round_.outputs[0], keep], "reshape", ir.DataType.INT8, shape)
-    steps = node("DequantizeLinear", [same.outputs[0], one, zero], "steps", compute, shape)
+    widen = new_node("DequantizeLinear", [stored, one, zero], f"{name}/dequantise", compute, codes.shape)
+    round_ = new_node("QuantizeLinear", [gather.outputs[0], one, zero], f"{name}/round", ir.DataType.INT8, shape)
+    same = new_node("Reshape", [round_.outputs[0], keep], f"{name}/reshape", ir.DataType.INT8, shape)
+    steps = new_node("DequantizeLinear", [same.outputs[0], one, zero], f"{name}/steps", compute, shape)
     each = ir.Shape([*shape[:-1], 1])
-    scale = [node("Gather", [external(graph, scales), ids], "scale", scales.dtype, each)]
+    scale = [new_node("Gather", [external(graph, scales), ids], f"{name}/scale", scales.dtype, each)]
     if scales.dtype != compute:  # the twin: one scale on disk serves both graphs
-        scale.append(node("Cast", [scale[0].outputs[0]], "wide_scale", compute, each))
-        scale[1].attributes.add(ir.AttrInt64("to", compute))
-    rows = node("Mul", [steps.outputs[0], scale[-1].outputs[0]], "rows", compute, shape)
+        scale.append(new_node("Cast", [scale[0].outputs[0]], f"{name}/wide_scale", compute, each, to=compute))
+    rows = new_node("Mul", [steps.outputs[0], scale[-1].outputs[0]], f"{name}/rows", compute, shape)
 
     for user, place in tuple(table.rows.uses()):
         user.replace_input_with(place, rows.outputs[0])

@@ -177,6 +177,24 @@ def test_without_a_margin_everything_in_two_steps_is_taken_when_it_loses_least()
     assert found.verdict.loss == pytest.approx(0.008)
 
 
+@pytest.mark.parametrize("min_share", [0.2, 0.6, 1.0])
+@pytest.mark.parametrize("twice", [0.1, 1])
+def test_no_recipe_is_judged_a_second_time(min_share, twice):
+    """A judgement encodes all held-out data. Costs are left out: they are what the first ones measure."""
+    seen = []
+    judge = judge_by_loss({"a": 0.06, "b": 0.01, "c": 0.01}, twice)
+
+    def counted(recipe: Recipe) -> Verdict:
+        seen.append([(group.name, group.quantised, group.twice) for group in recipe.groups])
+        return judge(recipe)
+
+    found = search(GROUPS, counted, min_share=min_share)
+    once = seen[: 1 + len(GROUPS.groups)]  # everything, and each group alone
+    others = seen[len(once) :]
+    assert all(others.count(attempt) == 1 and attempt != once[0] for attempt in others)
+    assert found.trials == len(seen)
+
+
 def test_costs_are_recorded_in_the_recipe():
     found = search(GROUPS, judge_by_loss({"a": 0.001, "b": 0.5, "c": 0.002}))
     assert [group.cost for group in found.recipe.groups] == pytest.approx([0.001, 0.5, 0.002])

@@ -132,6 +132,7 @@ static void NAME(products)(const Task *task, const Space *space, int64_t chunk, 
 /* Folds the finished sums of candidates into their items' running maxima. */
 INLINE void NAME(fold)(const Task *task, const Space *space, const float *scales, const int64_t *items, int count) {
     const int64_t sums = NAME(sums)(task);
+    vf poison = {0};
     for (int c = 0; c < count; c++) {
         float *best = space->best + items[c] * space->stride;
         for (int64_t m = 0; m < sums; m++, best += task->tile) {
@@ -142,10 +143,11 @@ INLINE void NAME(fold)(const Task *task, const Space *space, const float *scales
 #endif
             dots += HALVES(dots); /* both parts of the query */
             for (int64_t lanes = HALF; lanes > task->tile; lanes /= 2) dots = EVENS(dots) + ODDS(dots);
-            *space->poison += dots - dots;
+            poison += dots - dots;
             *(v8 *)best = LARGER(*(v8 *)&dots, *(v8 *)best, v8, v8i);
         }
     }
+    *space->poison += poison;
 }
 #undef Words
 #undef WORD

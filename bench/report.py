@@ -23,7 +23,7 @@ SECTIONS = (
     (
         "Scoring and the index",
         ("latency", "scaling", "memory", "roofline"),
-        ("scoring", "int8", "cascades", "approximate", "efficiency"),
+        ("targets", "scoring", "int8", "scaling", "cascades", "approximate", "efficiency"),
     ),
     ("Encoding", ("encoder",), ("encoder_race", "encoder_costs")),
     ("On a GPU", ("gpu_encoder",), ("gpu_race", "gpu_latency", "gpu_scoring")),

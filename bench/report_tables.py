@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from metaembed.runtime.errors import UsageError
 
 from .records import Record, by_kernels, group, of_kind
+from .scoring_targets import make_targets
 from .table import Table, TableKind, to_markdown
 from .tables_cost import make_engine_layouts, make_export_parity, make_exports
 from .tables_gpu import make_gpu_latency, make_gpu_race, make_gpu_scoring
-from .tables_scoring import make_approximate, make_cascades, make_int8, make_scoring
+from .tables_scoring import make_approximate, make_cascades, make_int8, make_scaling, make_scoring
 
 MARKER = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 MISSING = "_Not measured yet._\n"
@@ -196,8 +197,10 @@ TABLES = {
         TableKind("demo_quality", "Quality by budget", make_demo_quality),
         TableKind("claims", "The paper's claims, on the demo", make_claims),
         TableKind("verdicts", "Which claims held here", make_verdicts),
+        TableKind("targets", "What scoring and the index are meant to reach", make_targets),
         TableKind("scoring", "MaxSim against the machine and other libraries", make_scoring),
         TableKind("int8", "The int8 first pass", make_int8),
+        TableKind("scaling", "Scoring time by candidates and vectors", make_scaling),
         TableKind("cascades", "Cascades against the full scan", make_cascades),
         TableKind("approximate", "A first stage scanned, and walked through the HNSW graph", make_approximate),
         TableKind("exports", "What an export costs", make_exports),

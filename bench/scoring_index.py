@@ -184,7 +184,7 @@ def measure_scaling(most: int, rounds: int) -> Iterator[Record]:
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for r_c in (1, 4, 8, 16, 64):
         counts = [count for count in (most // 100, most // 30, most // 10, most // 3, most) if count]
-        counts = [count for count in counts if count * r_c * 256 < available / 2]
+        counts = [count for count in counts if count * r_c * 256 < 0.8 * available]
         candidates = stored_candidates(rng, counts[-1], r_c, 128)
         for r_q in (1, 16) if r_c == 1 else (16,):
             timed = time_interleaved(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .records import Record, by_kernels
+from .records import Record, by_kernels, group
 from .scoring_contestants import OURS
 from .table import Table
 
@@ -82,3 +82,18 @@ def make_cascades(records: Sequence[Record]) -> Table | None:
     last = found[-1]
     note = f"{last['items']:,} {last['source']}, {last['queries']} queries, {last['threads']} threads."
     return Table(("processor", "cascade", "ms", "full scan ms", "x full scan", "recall@10"), rows, note)
+
+
+def make_scaling(records: Sequence[Record]) -> Table | None:
+    """Nanoseconds per candidate vector by the number of candidates: equal along a row where time is linear in that, and
+    from row to row of one r_q where it is linear in r_c."""
+    found = by_kernels(records, "scoring_scaling", "budget", "candidates")
+    if not found:
+        return None
+    counts = sorted({r["candidates"] for r in found})
+    rows = []
+    for (kernels, budget), curve in group(found, "kernels", "budget").items():
+        at = {r["candidates"]: r["median_ms"] * 1e6 / r["candidates"] / int(budget.split(",")[1]) for r in curve}
+        rows.append((kernels, budget, *(f"{at[count]:.1f}" if count in at else "" for count in counts)))
+    note = f"ns a candidate vector, one query, {found[0]['dim']} dims, {found[-1]['threads']} threads."
+    return Table(("processor", "budget", *(f"{count:,}" for count in counts)), tuple(rows), note)

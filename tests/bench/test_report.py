@@ -139,16 +139,17 @@ def test_documented_tables_equal_the_records(path):
         assert fill_tables(text, recorded) == text
 
 
-def test_the_readme_picture_shows_the_records(tmp_path):
-    """Expected: what bench/results draws now. Mend with: metaembed-bench report bench/results -o DIR, then plots/budgets.svg."""
+def test_documented_pictures_show_the_records(tmp_path):
+    """Expected: what bench/results draws now. Mend with: metaembed-bench report bench/results -o DIR, then plots/*.svg."""
 
     def words(path):
         return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text(encoding="utf-8"))
 
     write_report(read_records([ROOT / "bench" / "results"]), tmp_path)
-    drawn = words(tmp_path / "plots" / "budgets.svg")
-    assert {"nDCG@5", "16,64"} < set(drawn)
-    assert words(ROOT / "docs" / "budgets.svg") == drawn
+    for name, some in (("budgets", {"nDCG@5", "16,64"}), ("scaling", {"ms a query", "16,64"})):
+        drawn = words(tmp_path / "plots" / f"{name}.svg")
+        assert some < set(drawn)
+        assert words(ROOT / "docs" / f"{name}.svg") == drawn
 
 
 def _point(name, budget, values):

@@ -132,9 +132,9 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def check_count(k: object) -> None:
+def check_count(k: Any) -> None:
     """A UsageError unless k is a number of results."""
-    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
+    if not _is_whole(k) or k < 1:
         raise UsageError(f"the best {k!r} were asked for; k is a whole number from 1 on")
 
 

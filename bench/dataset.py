@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.index_build import join_title
+from metaembed.runtime.items import join_title
 from metaembed.runtime.search import find_images
 
 log = logging.getLogger(__name__)

@@ -101,8 +101,7 @@ def search_index(
     approximate: bool = False,
 ) -> list[Hit]:
     """See `Index.search`."""
-    if not _is_whole(k) or k < 1:
-        raise UsageError(f"the best {k!r} were asked for; k is a whole number from 1 on")
+    check_count(k)
     if isinstance(where, str) or not all(isinstance(condition, str) for condition in where):
         raise UsageError(f'conditions are a list of texts, ["year>=2020"], not {where!r}')
     given = None if cascade is None else _stages(cascade)
@@ -115,7 +114,7 @@ def search_index(
         snapshot = index.snapshot()
         stages = check_cascade(given, len(snapshot), queries.shape[1], index.layout.vectors, k)
         if approximate:
-            _check_approximate(index, stages)
+            check_approximate(index, stages)
         hits = _search(index, snapshot, queries, k, stages, where, approximate)
         if hits is not None:
             return hits
@@ -131,6 +130,12 @@ def _stages(cascade: object) -> list[Stage]:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_count(k: Any) -> None:
+    """A UsageError unless k is a number of results."""
+    if not _is_whole(k) or k < 1:
+        raise UsageError(f"the best {k!r} were asked for; k is a whole number from 1 on")
 
 
 def check_cascade(
@@ -159,7 +164,8 @@ def check_order(stages: Sequence[Stage]) -> None:
             raise UsageError(f"stage {stage} uses no more vectors than stage {before}; the budgets of a cascade rise")
 
 
-def _check_approximate(index: Index, stages: Sequence[Stage]) -> None:
+def check_approximate(index: Index, stages: Sequence[Stage]) -> None:
+    """A UsageError where no graph could serve the first stage; whether there is one, the search finds."""
     if stages[0].budget != Budget(1, 1):
         raise UsageError(
             f"an approximate first stage is 1,1, not {stages[0]}: the HNSW graph holds first vectors only; "

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .command import EXIT_FAILED, Parser, counted, progress, run_command
+from .command import EXIT_DONE, EXIT_FAILED, Parser, counted, progress, run_command
 from .memory import GIB
 
 EPILOG = """DATA is a folder of images, or a JSONL file: one object a line with "id", "text" and "image" (a path relative to
@@ -20,7 +20,8 @@ named and left out, and the command then exits with 1.
 examples:
   metaembed-index out --data pages -o pages.index
   metaembed-index out --data corpus.jsonl -o corpus.index --budget 16 --resume
-  metaembed-index info corpus.index             what is in it
+  metaembed-index info corpus.index             what is in it, and what its groups of vectors take
+  metaembed-index info corpus.index --memory-gib 8 --device a100   the --hold and --place of metaembed-search that fit
   metaembed-index verify corpus.index           read everything; exit 1 when anything is damaged
   metaembed-index delete corpus.index ID ...    remove items
   metaembed-index compact corpus.index          merge small segments, free what deleted items take
@@ -65,6 +66,16 @@ def _main_verb(verb: str, argv: Sequence[str]) -> int:
     parser.add_argument("index", type=Path, metavar="INDEX")
     if verb in ("info", "verify"):
         parser.add_argument("--json", action="store_true", help="print it as JSON")
+    if verb == "info":
+        add = parser.add_argument
+        add(
+            "--memory-gib",
+            type=float,
+            metavar="GIB",
+            help="how many first vectors of every item fit into so much memory",
+        )
+        add("--device", metavar="NAME", help="how many fit on this GPU (see metaembed-plan) beside the index's model")
+        add("--bundle", type=Path, help="that model's bundle, where it is not where it was at indexing")
     if verb == "delete":
         parser.add_argument("ids", nargs="+", metavar="ID")
     if verb == "ann":
@@ -77,7 +88,8 @@ def _main_verb(verb: str, argv: Sequence[str]) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     from .encoder import Encoder
-    from .index_build import build_index, open_writer, read_data
+    from .index_build import build_index, open_writer
+    from .items import read_data
 
     items = read_data(args.data)
     resume = args.resume or args.update
@@ -99,10 +111,12 @@ def _build(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     from .index import Index
     from .index_ann import living_in
+    from .index_fit import fit_index
 
     with Index.open(args.index) as index:
         snapshot, layout, graph = index.snapshot(), index.layout, index.ann.record()
         items, segments, held = len(snapshot), len(snapshot.parts), index.stored_items()
+        fit = fit_index(index, memory_gib=args.memory_gib, device=args.device, bundle=args.bundle)
         about = {
             "items": items,
             "segments": segments,
@@ -112,16 +126,17 @@ def _info(args: argparse.Namespace) -> int:
             "bundle": index.bundle,
             "graph_items": living_in(graph, snapshot) if graph else 0,
             "graph_bytes": graph.size if graph else 0,
+            **fit.to_json(),
         }
     if args.json:
         print(json.dumps(about, indent=2))
-        return 0
-    print(f"{counted(items, 'item')} in {counted(segments, 'segment')}, {about['deleted']:,} deleted")
-    print(f"{layout.vectors} vectors of {layout.dims} dims ({layout.storage}), groups end at {layout.ends}")
-    print(f"{about['vector_bytes'] / GIB:.3f} GiB of vectors; made with {index.bundle}")
-    if graph:
-        print(f"HNSW graph of {counted(about['graph_items'], 'item')}, {graph.size / GIB:.3f} GiB")
-    return 0
+    else:
+        print(f"{counted(items, 'item')} in {counted(segments, 'segment')}, {about['deleted']:,} deleted")
+        print(f"{layout.vectors} vectors of {layout.dims} dims ({layout.storage}), made with {index.bundle}")
+        if graph:
+            print(f"HNSW graph of {counted(about['graph_items'], 'item')}, {graph.size / GIB:.3f} GiB")
+        print(fit.describe())
+    return EXIT_FAILED if 0 in (fit.hold, fit.place) else EXIT_DONE
 
 
 def _verify(args: argparse.Namespace) -> int:

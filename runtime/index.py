@@ -101,14 +101,13 @@ class Index:
         *,
         verify: bool,
         skip_damaged: bool,
-        hold: int,
         shard: tuple[int, int],
     ) -> None:
         if not 0 <= shard[0] < shard[1]:
             raise UsageError(f"shard {shard} is not (i, of) with i from 0 to of - 1")
         self.folder = folder
         self.skip_damaged = skip_damaged
-        self._catalogue, self._verify, self._hold, self.shard = catalogue, verify, hold, shard
+        self._catalogue, self._verify, self._hold, self.shard = catalogue, verify, 0, shard
         about, self.layout = catalogue.about(), catalogue.layout()
         self.fingerprint, self.bundle = about.get("fingerprint", ""), about.get("bundle", "")
         # The catalogue's version and the changes of `_rows`, of which the snapshot is.
@@ -148,8 +147,7 @@ class Index:
             verify: check every item's checksum when it is first read. Without, damage can change answers unseen.
             skip_damaged: serve what is sound and list the rest in ``snapshot().damaged``, rather than refuse. Damaged rows of
                 the catalogue are found when one of them is among the results, or by a condition.
-            hold: copy the first so many vectors of every item into memory; the rest stays in mapped files, of which the
-                system keeps what it has room for.
+            hold: as `hold`, at once.
             shard: (i, of): serve the i-th (from 0) of so many equal ranges of rows, and open no other files. The k best
                 of all ranges are among the k best of each.
 
@@ -161,8 +159,8 @@ class Index:
             raise UsageError(f"{folder} is no index: it has no {CATALOGUE}; metaembed-index makes one")
         catalogue = Catalogue(folder)
         try:
-            index = cls(folder, catalogue, verify=verify, skip_damaged=skip_damaged, hold=hold, shard=shard)
-            index.snapshot()
+            index = cls(folder, catalogue, verify=verify, skip_damaged=skip_damaged, shard=shard)
+            index.hold(hold) if hold else index.snapshot()
         except BaseException:
             catalogue.close()
             raise
@@ -186,6 +184,20 @@ class Index:
         finally:
             self.ann.close()
             self._catalogue.close()
+
+    def hold(self, vectors: int) -> None:
+        """Copy the first so many vectors of every item into memory, and of items that appear later.
+
+        The rest stays in mapped files, of which the system keeps what it has room for.
+
+        Raises:
+            UsageError: the index has not so many vectors. BundleError: some are damaged.
+        """
+        self.layout.groups_of(vectors)
+        with self._turn:
+            for part in self.snapshot().parts:
+                part.segment.hold(vectors, skip_damaged=self.skip_damaged)
+            self._hold = vectors
 
     def place(self, scorer: Scorer, vectors: int) -> int:
         """Copy the first so many vectors of every item to the GPU that a scorer's engine runs on.

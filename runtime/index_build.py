@@ -1,11 +1,10 @@
-"""From data to an index: read items, encode those that the index does not hold yet, and append them batch by batch."""
+"""From items to an index: encode those that the index does not hold yet, and append them batch by batch."""
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,12 @@ from .errors import BundleError, MetaEmbedError, UsageError
 from .index import Index
 from .index_layout import Layout
 from .index_writer import IndexWriter
+from .items import Item
+from .manifest import MANIFEST
 from .readable import encode_readable
-from .search import find_images
 
 log = logging.getLogger(__name__)
 BATCH = 64  # items encoded and made durable together: what a kill can cost
-
-
-@dataclass(frozen=True)
-class Item:
-    """Something to index: a text, an image, or both; `payload` is any JSON object that searches return and filter by."""
-
-    id: str
-    text: str | None = None
-    image: Path | None = None
-    payload: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -44,66 +34,6 @@ class IndexingReport:
     @property
     def items_per_s(self) -> float:
         return self.added / self.encode_s if self.encode_s else 0.0
-
-
-def read_data(path: Path) -> list[Item]:
-    """The images of a folder (id: path within it), or the lines of a JSONL file.
-
-    A line is an object with ``id``, ``text``, ``image`` (a path relative to the file), at least one of the two; its other
-    fields become the payload. With ``_id`` instead it is BEIR's: its ``title`` stands before the text, and in the payload.
-
-    Raises:
-        UsageError: nothing there, a line that is not of this form, or an id that occurs twice.
-    """
-    if path.is_dir():
-        if (corpus := path / "corpus.jsonl").is_file():
-            log.warning("every image below %s is indexed; to index its corpus instead, give --data %s", path, corpus)
-        return [Item(found.relative_to(path).as_posix(), image=found) for found in find_images(path)]
-    if not path.is_file():
-        raise UsageError(f"{path} is missing; --data takes a folder of images or a JSONL file")
-    with path.open("rb") as lines:
-        items = [_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
-            raise UsageError(f"{path} gives the id {item.id!r} twice")
-        seen.add(item.id)
-    if not items:
-        raise UsageError(f'{path} is empty; write one {{"id": ..., "text": ..., "image": ...}} a line')
-    return items
-
-
-def _read_line(path: Path, number: int, line: bytes) -> Item:
-    try:
-        data = json.loads(line, parse_constant=_refuse)
-        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()  # 1e999 is infinite
-    except UnicodeEncodeError:
-        raise UsageError(f"{path} line {number} holds half a character (a lone surrogate)") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} line {number} is not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} line {number} is no JSON object")
-    own, beir, text, image = (data.pop(name, None) for name in ("id", "_id", "text", "image"))
-    id_ = beir if own is None else own
-    title = data.get("title") if own is None else None
-    if id_ is None or id_ == "":
-        raise UsageError(f"{path} line {number} has no id; give every item a distinct one")
-    if isinstance(id_, bool) or not isinstance(id_, (str, int)):
-        raise UsageError(f"{path} line {number}: the id {id_!r} is neither a text nor a whole number")
-    if not all(value is None or isinstance(value, str) for value in (text, image, title)):
-        raise UsageError(f"{path} line {number}: text, image and title are strings, or null where absent")
-    if text is None and title is None and not image:
-        raise UsageError(f"{path} line {number} has neither a text nor an image")
-    return Item(str(id_), join_title(title, text), path.parent / image if image else None, data or None)
-
-
-def join_title(title: str | None, text: str | None) -> str | None:
-    """What of a document is encoded: its title and its text, as BEIR's own models read them; None where both are blank."""
-    return " ".join(part for part in (title, text) if part and part.strip()) or None
-
-
-def _refuse(constant: str) -> object:
-    raise ValueError(f"{constant} is no JSON value")
 
 
 def open_writer(
@@ -148,6 +78,19 @@ def _check_layout(
         raise UsageError(f"{folder} was made without a screen; --screen is for a new index")
 
 
+def find_bundle(index: Index, given: Path | None) -> Path:
+    """The bundle of an index's model: the one given, or where it was at indexing.
+
+    Raises:
+        UsageError: it is no longer there.
+    """
+    if given is None and not (Path(index.bundle) / MANIFEST).is_file():
+        raise UsageError(
+            f"{index.folder} was made with {index.bundle}, which is no longer there; say where by --bundle DIR"
+        )
+    return given or Path(index.bundle)
+
+
 def check_model(encoder: Encoder, fingerprint: str, folder: Path) -> None:
     """Refuse a bundle whose vectors cannot be compared with those in the index."""
     if encoder.fingerprint != fingerprint:
@@ -176,7 +119,10 @@ def build_index(
         if batch:
             began = time.perf_counter()
             places, embeddings = encode_readable(
-                encoder, [(x.text, x.image) for x in batch], writer.layout.vectors, names=[x.id for x in batch]
+                encoder.encode_candidates,
+                [(item.text, item.image) for item in batch],
+                writer.layout.vectors,
+                names=[item.id for item in batch],
             )
             report.encode_s += time.perf_counter() - began
             report.unreadable += [item.id for place, item in enumerate(batch) if place not in places]

@@ -167,8 +167,9 @@ class Segment:
         if len(damaged := self.check(vectors)) and not skip_damaged:
             raise self.damage(damaged)
         for group in range(self.layout.groups_of(vectors)):
-            name = f"vectors.{self.layout.name(group)}"
-            self._blocks[name] = self._blocks[name].copy()
+            for name in (f"vectors.{self.layout.name(group)}", f"scales.{self.layout.name(group)}"):
+                if name in self._blocks:
+                    self._blocks[name] = self._blocks[name].copy()
             self._groups[group] = self._stored(group)
 
     def damage(self, rows: Rows) -> BundleError:

@@ -77,7 +77,7 @@ def rank_images(
     for start in track(range(0, len(paths), BATCH)):
         some = paths[start : start + BATCH]
         places, candidates = encode_readable(
-            encoder, [(None, path) for path in some], budget, names=list(map(str, some))
+            encoder.encode_candidates, [(None, path) for path in some], budget, names=list(map(str, some))
         )
         if places:
             scores += maxsim(query, candidates)[0].tolist()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from metaembed.bench.dataset import demo_dataset, load_dataset
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.index_build import read_data
+from metaembed.runtime.items import read_data
 
 
 def _write(path, *rows):

@@ -121,6 +121,25 @@ def test_held_vectors_give_the_same_answers_without_their_file(folder, query):
     assert_same(hits, ranked({id_: item[:4] for id_, item in items.items()}, query, 5))
 
 
+def test_int8_vectors_are_held_with_their_scales_and_so_are_later_ones(tmp_path, query):
+    """Held after opening; a second segment comes, both files are overwritten in place. Expected: what int8 keeps, in float64."""
+    folder = tmp_path / "index"
+    Index.create(folder, Layout.for_vectors(D, R, "int8"))
+    items = fill(folder, 20)
+    with Index.open(folder) as index:
+        index.hold(R)
+        items |= fill(folder, 5, rng=np.random.default_rng(1), prefix="later")
+        assert len(index) == 25
+        for path in (folder / SEGMENTS).iterdir():
+            with path.open("r+b") as file:
+                file.write(bytes(path.stat().st_size))
+        hits = index.search(query, 7, cascade=FULL)
+    kept = dequantize_int8(quantize_int8(np.stack(list(items.values())))).astype(np.float64)
+    scores = np.einsum("rd,nsd->nrs", query.astype(np.float64), kept).max(-1).sum(-1)
+    best = np.argsort(-scores)[:7]
+    assert_same(hits, [(list(items)[i], scores[i]) for i in best])
+
+
 @pytest.mark.parametrize("of", [1, 2, 3, 7])
 def test_shards_divide_the_items_and_their_best_are_the_best(folder, query, of):
     items = fill(folder, 6, 13, 2)

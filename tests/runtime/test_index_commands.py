@@ -17,7 +17,7 @@ from metaembed.runtime import cli_index, cli_search
 from metaembed.runtime.encoder import Encoder
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.index import Index
-from metaembed.runtime.index_build import read_data
+from metaembed.runtime.items import read_data
 from metaembed.runtime.maxsim import maxsim_reference
 from metaembed.runtime.search import find_images
 

@@ -147,8 +147,9 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         for damage in damages:
             print(damage)
-        if not damages and not args.quiet:
-            print(f"sound: {counted(items, 'item')}")
+        if not args.quiet:
+            mend = f"metaembed-index repair {shlex.quote(str(args.index))} says what can be mended"
+            print(mend if damages else f"sound: {counted(items, 'item')}")
     return EXIT_FAILED if damages else 0
 
 

@@ -244,6 +244,14 @@ def test_damage_of_deleted_items_costs_nothing(folder):
     check(folder, {id_ for id_ in ALIVE if id_ >= "item040"})
 
 
+def index_of_ids(folder):
+    """The page of its root, and the size of a page."""
+    with contextlib.closing(sqlite3.connect(folder / CATALOGUE)) as connection:
+        ((root,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'items_by_id'").fetchall()
+        ((size,),) = connection.execute("PRAGMA page_size").fetchall()
+    return root, size
+
+
 def pages_of(content, root, size):
     """Numbers of the pages of an index's tree, from SQLite's description of its file format."""
     page = content[(root - 1) * size : root * size]
@@ -261,9 +269,7 @@ def test_damage_of_the_index_of_ids_costs_nothing(folder):
     with IndexWriter(folder) as writer:
         writer.add(list(more), np.stack([*more.values()]), [{"name": id_ * 3} for id_ in more])
     sound = (folder / CATALOGUE).read_bytes()
-    with contextlib.closing(sqlite3.connect(folder / CATALOGUE)) as connection:
-        ((root,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'items_by_id'").fetchall()
-        ((size,),) = connection.execute("PRAGMA page_size").fetchall()
+    root, size = index_of_ids(folder)
     pages = list(pages_of(sound, root, size))
     assert len(pages) > 3
     rng = np.random.default_rng(3)
@@ -493,18 +499,17 @@ def test_a_repair_gives_up_where_another_program_keeps_the_catalogue_locked(fold
     assert contents(folder) == before
 
 
-def break_everything(folder):
-    """Something of every kind: an id's place in the index of ids, vectors, a missing segment, a row, the screen."""
+def break_everything(folder, *, structure=True):
+    """Something of every kind: vectors, a missing segment, a header, an item's row, and, as `structure`, the index of ids."""
     first, second, third = segment_paths(folder)
     start = 8 + int.from_bytes(first.read_bytes()[:8], "little")
     flip(first, start + 2 * D * 7, 1)
     second.unlink()
     flip(third, 10, 1)
     sql(folder, "UPDATE items SET crc = crc + 1 WHERE id = 'item085'")
-    with contextlib.closing(sqlite3.connect(folder / CATALOGUE)) as connection:
-        ((root,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'items_by_id'").fetchall()
-        ((size,),) = connection.execute("PRAGMA page_size").fetchall()
-    flip(folder / CATALOGUE, (root - 1) * size + 5, 3)
+    if structure:
+        root, size = index_of_ids(folder)
+        flip(folder / CATALOGUE, (root - 1) * size + 5, 3)
     return ALIVE - {"item007", "item085"} - {f"item{i:03}" for i in range(40, 80)}
 
 
@@ -530,13 +535,15 @@ def in_a_child(work):
 
 
 def lines_of(folder, end=0):
-    """Lines of our own that a repair runs, in this process; at line `end` the process is killed."""
-    count = 0
+    """Kill this process at so many lines of our own that a repair runs; without, how many, and which are of its transaction."""
+    count, entering = 0, []
 
     def local(frame, event, argument):
         nonlocal count
         if event == "line":
             count += 1
+            if frame.f_code.co_name == "_enter":
+                entering.append(count)
             if count == end:
                 os.kill(os.getpid(), signal.SIGKILL)
         return local
@@ -546,7 +553,7 @@ def lines_of(folder, end=0):
         repair_index(folder, drop=True)
     finally:
         sys.settrace(None)
-    return count
+    return count, entering
 
 
 def as_before_or_after(folder, before, left):
@@ -566,21 +573,24 @@ def as_before_or_after(folder, before, left):
     return "before"
 
 
-def test_a_repair_that_is_killed_at_any_line_changes_all_or_nothing(originals, tmp_path):
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_a_repair_that_is_killed_at_any_line_changes_all_or_nothing(originals, tmp_path, rebuilt):
+    """Any: ten at random, all of the transaction, and some of the last, where files that were replaced are removed."""
     folder = shutil.copytree(originals["bf16"], tmp_path / "harmed")
-    left = break_everything(folder)
+    left = break_everything(folder, structure=rebuilt)
     before = contents(folder)
-    lines = lines_of(shutil.copytree(folder, tmp_path / "whole"))
+    lines, entering = lines_of(shutil.copytree(folder, tmp_path / "whole"))
     ends = []
-    late = lines - np.arange(1, 60, 4)  # around the commit
-    for end in [*np.random.default_rng(0).integers(1, lines, 10).tolist(), *late.tolist()]:
-        killed = shutil.copytree(folder, tmp_path / f"killed{end}")
+    for end in [*np.random.default_rng(0).integers(1, lines, 10).tolist(), *entering, *range(lines - 32, lines, 8)]:
+        killed = shutil.copytree(folder, tmp_path / "killed")
         _, status = os.waitpid(in_a_child(lambda: lines_of(killed, end)), 0)  # noqa: B023 (forked at once)
         assert os.WTERMSIG(status) == signal.SIGKILL
         ends.append(as_before_or_after(killed, before, left))
         assert repair_index(killed, drop=True).done
         check(killed, left)
+        shutil.rmtree(killed)
     assert set(ends) == {"before", "after"}
+    assert len(entering) >= 5
 
 
 def test_a_repair_that_is_killed_at_any_moment_changes_all_or_nothing(originals, tmp_path):

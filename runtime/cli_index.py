@@ -1,15 +1,23 @@
-"""metaembed-index: make, extend, check and tidy an index."""
+"""metaembed-index: make, extend, check, mend and tidy an index."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .command import EXIT_DONE, EXIT_FAILED, Parser, counted, progress, run_command
+from .command import EXIT_DONE, EXIT_FAILED, Parser, counted, on_one_line, progress, run_command
 from .memory import GIB
+
+if TYPE_CHECKING:
+    from .index_repair import Repair
+
+MOST_NAMED = 20  # ids in one line; --json gives all
 
 EPILOG = """DATA is a folder of images, or a JSONL file: one object a line with "id", "text" and "image" (a path relative to
 the file; one of the two is enough); other fields are kept, returned by searches and can be filtered by.
@@ -23,6 +31,7 @@ examples:
   metaembed-index info corpus.index             what is in it, and what its groups of vectors take
   metaembed-index info corpus.index --memory-gib 8 --device a100   the --hold and --place of metaembed-search that fit
   metaembed-index verify corpus.index           read everything; exit 1 when anything is damaged
+  metaembed-index repair corpus.index           mend what is damaged; says what would be lost, and --drop drops it
   metaembed-index delete corpus.index ID ...    remove items
   metaembed-index compact corpus.index          merge small segments, free what deleted items take
   metaembed-index ann corpus.index              build the graph that metaembed-search --approximate uses
@@ -35,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main_verb(argv[0], argv[1:])
     parser = Parser(prog="metaembed-index", description="Encode data with a bundle and store it.", epilog=EPILOG)
     add = parser.add_argument
-    add("bundle", type=Path, help="a folder that metaembed-export wrote, or: info, verify, delete, compact, ann")
+    add(
+        "bundle", type=Path, help="a folder that metaembed-export wrote, or: info, verify, repair, delete, compact, ann"
+    )
     add("--data", type=Path, required=True, metavar="DIR|FILE.jsonl", help="what to index")
     add("-o", "--output", type=Path, required=True, metavar="INDEX", help="the folder to write")
     add(
@@ -64,7 +75,7 @@ def _main_verb(verb: str, argv: Sequence[str]) -> int:
     work, description = VERBS[verb]
     parser = Parser(prog=f"metaembed-index {verb}", description=description)
     parser.add_argument("index", type=Path, metavar="INDEX")
-    if verb in ("info", "verify"):
+    if verb in ("info", "verify", "repair"):
         parser.add_argument("--json", action="store_true", help="print it as JSON")
     if verb == "info":
         add = parser.add_argument
@@ -76,6 +87,8 @@ def _main_verb(verb: str, argv: Sequence[str]) -> int:
         )
         add("--device", metavar="NAME", help="how many fit on this GPU (see metaembed-plan) beside the index's model")
         add("--bundle", type=Path, help="that model's bundle, where it is not where it was at indexing")
+    if verb == "repair":
+        parser.add_argument("--drop", action="store_true", help="drop the items that are damaged, where some are")
     if verb == "delete":
         parser.add_argument("ids", nargs="+", metavar="ID")
     if verb == "ann":
@@ -149,9 +162,46 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         for damage in damages:
             print(damage)
-        if not damages and not args.quiet:
-            print(f"sound: {counted(items, 'item')}")
+        if not args.quiet:
+            mend = f"metaembed-index repair {shlex.quote(str(args.index))} says what can be mended"
+            print(mend if damages else f"sound: {counted(items, 'item')}")
     return EXIT_FAILED if damages else 0
+
+
+def _repair(args: argparse.Namespace) -> int:
+    from .index_repair import repair_index
+
+    repair = repair_index(args.index, drop=args.drop)
+    if args.json:
+        print(json.dumps(asdict(repair), indent=2))
+    else:
+        _print_repair(repair, args)
+    return 0 if repair.done else EXIT_FAILED
+
+
+def _print_repair(repair: Repair, args: argparse.Namespace) -> None:
+    for damage in repair.damages:
+        print(damage)
+    verb, index = "dropped" if repair.done else "would be dropped", shlex.quote(str(args.index))
+    if repair.dropped:
+        print(f"{counted(len(repair.dropped), 'item')} {verb}: {_named(repair.dropped)}")
+    if repair.unnamed:
+        print(f"{counted(repair.unnamed, 'item')} {verb} whose ids cannot be read")
+    if repair.older:
+        print(f"{counted(len(repair.older), 'older item')} {verb} of ids that are there twice: {_named(repair.older)}")
+    if repair.graph_dropped and repair.done:
+        print(f"HNSW graph dropped; metaembed-index ann {index} builds one")
+    if not repair.done:
+        print(f"nothing was changed; metaembed-index repair {index} --drop drops what is damaged and keeps "
+              f"{counted(repair.items, 'item')}")  # fmt: skip
+    elif not args.quiet:
+        print(f"{'repaired' if repair.damages else 'sound, nothing to repair'}: {counted(repair.items, 'item')}")
+        if repair.dropped or repair.unnamed:
+            print(f"metaembed-index BUNDLE --data DATA -o {index} --resume encodes what was dropped again")
+
+
+def _named(ids: Sequence[str]) -> str:
+    return on_one_line(", ".join(ids[:MOST_NAMED])) + (", ..." if len(ids) > MOST_NAMED else "")
 
 
 def _delete(args: argparse.Namespace) -> int:
@@ -194,6 +244,10 @@ def _ann(args: argparse.Namespace) -> int:
 VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "info": (_info, "What is in an index."),
     "verify": (_verify, "Read a whole index and name everything that is damaged; exit 1 when anything is."),
+    "repair": (
+        _repair,
+        "Mend what is damaged. Where items would be lost, name them and change nothing, unless --drop is given.",
+    ),
     "delete": (_delete, "Remove items by id."),
     "compact": (_compact, "Merge small segments and free what deleted items take."),
     "ann": (_ann, "Build the HNSW graph of an approximate first stage, from the items that are in the index now."),

@@ -1,4 +1,4 @@
-"""An index on disk: append, delete, update, search, verify, compact.
+"""An index on disk: append, delete, update, search, verify, compact, repair.
 
     index/
       catalogue.sqlite         what is in the index (see index_catalogue.py)
@@ -326,7 +326,9 @@ class Index:
             version = self._catalogue.version()
             found = find_damage(self.folder, self.layout, self._catalogue)
             if not found or self._catalogue.version() == version:
-                return found  # else another process committed meanwhile: files of one state, rows of another
+                return [
+                    damage.sentence for damage in found
+                ]  # else another process committed meanwhile: files of one state, rows of another
 
     def _load(self, rows: Sequence[SegmentRow]) -> Snapshot:
         known = {part.number: part.segment for part in self._snapshot.parts}

@@ -39,6 +39,7 @@ from .index_sentences import BUSY_SECONDS, damage, on_one_line, sentences
 
 CATALOGUE = "catalogue.sqlite"
 MOST_VARIABLES = 900  # of one statement; SQLite allowed 999 before 3.32
+SQLITE_BUSY, SQLITE_LOCKED = 5, 6  # the module names them from Python 3.11 on
 Place = tuple[int, int]  # segment number, row
 
 
@@ -86,18 +87,16 @@ class Catalogue:
                     "PRAGMA synchronous = EXTRA"
                 )  # the journal's removal is the commit: it must be durable too
                 self._check_format()
-                if write and (found := self.find_damage()):
-                    raise BundleError(found[0])
             except BaseException:
                 self._db.close()
                 raise
 
     @classmethod
-    def create(cls, folder: Path, layout: Layout, about: dict[str, str]) -> None:
-        """Write the catalogue of an empty index."""
+    def create(cls, folder: Path, layout: Layout, about: dict[str, str], *, last: int = 0) -> None:
+        """Write the catalogue of an empty index, in which segments are numbered from `last` + 1 on."""
         rows = {"layout": json.dumps(layout.to_json()), **about}
         crcs = [row_crc(key, value) for key, value in rows.items()]
-        rows[STATE] = json.dumps({"about": [len(crcs), sum(crcs)], "segments": [0, 0], "last": 0})
+        rows[STATE] = json.dumps({"about": [len(crcs), sum(crcs)], "segments": [0, 0], "last": last})
         path = folder / CATALOGUE
         with sentences(path), closing(sqlite3.connect(path)) as connection:
             connection.executescript(SCHEMA)
@@ -109,6 +108,11 @@ class Catalogue:
     def close(self) -> None:
         with self._turn:
             self._db.close()
+
+    @property
+    def tallied(self) -> bool:
+        """Whether it says how many segments there are: format 1 did not."""
+        return self._format() != UNTALLIED
 
     def version(self) -> int:
         """Changes whenever another connection has committed."""
@@ -199,18 +203,25 @@ class Catalogue:
             if expected != items:
                 raise self._damage(f"(row {expected} of segment {segment} is missing)")
 
-    def sound_rows(self, segment: int, items: int) -> tuple[Rows, str]:
-        """Rows of a segment that can be read, and the first sentence against the others; every one is looked up (5 s a million)."""
-        sound: list[int] = []
+    def sound_items(self, segment: int, items: int) -> tuple[dict[int, tuple[str, str | None]], str]:
+        """Id and payload (as JSON) of the rows of a segment that can be read, and the first sentence against the others.
+
+        Where there are others, every row is looked up (5 s a million).
+        """
+        try:
+            return {row: (id_, payload) for row, id_, payload in self.rows(segment, items)}, ""
+        except BundleError as error:
+            scan = str(error)
+        found: dict[int, tuple[str, str | None]] = {}
         first = ""
         for row in range(items):
             try:
-                if self._item(segment, row) is None:
+                if (item := self._item(segment, row)) is None:
                     raise self._damage(f"(row {row} of segment {segment} is missing)")
-                sound.append(row)
+                found[row] = item
             except BundleError as error:
                 first = first or str(error)
-        return np.array(sound, np.int64), first
+        return found, first or scan
 
     def select(self, segment: int, condition: str, values: Sequence[object], rows: Rows | None = None) -> list[int]:
         """Rows of a segment that satisfy a condition written by `parse_filters`, never by a user.
@@ -227,14 +238,20 @@ class Catalogue:
 
     def add_segment(self, name: str, checksum: int, items: Sequence[tuple[str, str | None]]) -> int:
         """Enter a segment and its rows' (id, payload as JSON). Inside `writing` only."""
-        number = self._last_number() + 1
-        row = (number, name, len(items), checksum, b"")
-        self._db.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?)", (*row, row_crc(*row)))
-        self._db.executemany(
-            "INSERT INTO items VALUES (?, ?, ?, ?, ?)",
-            [(number, row, id_, text, row_crc(number, row, id_, text)) for row, (id_, text) in enumerate(items)],
+        number = self.last_number() + 1
+        self.enter(
+            SegmentRow(number, name, len(items), checksum, b""), ((row, *item) for row, item in enumerate(items))
         )
         return number
+
+    def enter(self, row: SegmentRow, items: Iterable[tuple[int, str, str | None]]) -> None:
+        """Store a segment row, and the (row, id, payload as JSON) of its items. Inside `writing` only."""
+        fields = (row.number, row.name, row.items, row.checksum, row.dead)
+        self._db.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?)", (*fields, row_crc(*fields)))
+        self._db.executemany(
+            "INSERT INTO items VALUES (?, ?, ?, ?, ?)",
+            ((row.number, *item, row_crc(row.number, *item)) for item in items),
+        )
 
     def set_about(self, key: str, value: str) -> None:
         """Store an entry of `about`. Inside `writing` only."""
@@ -250,6 +267,25 @@ class Catalogue:
         gone = [(number,) for number in numbers]
         self._db.executemany("DELETE FROM items WHERE segment = ?", gone)
         self._db.executemany("DELETE FROM segments WHERE number = ?", gone)
+
+    def last_number(self) -> int:
+        """The largest segment number that was ever given."""
+        ever = "SELECT max(seq) FROM sqlite_sequence"
+        last = self._state()["last"] if self.tallied else self._db.execute(ever).fetchone()[0]
+        return max(last or 0, self._db.execute("SELECT max(number) FROM segments").fetchone()[0] or 0)
+
+    def overwrite(self, other: Catalogue) -> None:
+        """Put what is in this catalogue in the place of all that is in another, damaged pages included, in one transaction.
+
+        An open reader of the other one sees it as it sees any commit.
+        """
+
+        def give_up(status: int, remaining: int, total: int) -> None:
+            if status in (SQLITE_BUSY, SQLITE_LOCKED):  # after BUSY_SECONDS; Python would try for ever
+                raise sqlite3.OperationalError("database is locked")
+
+        with self._sentences(), other._sentences():
+            self._db.backup(other._db, progress=give_up)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -269,7 +305,7 @@ class Catalogue:
                 self._compare(table, *self._tally(table))
             yield
             tallies = {table: self._tally(table) for table in TALLIES}
-            self.set_about(STATE, json.dumps({**tallies, "last": self._last_number()}))
+            self.set_about(STATE, json.dumps({**tallies, "last": self.last_number()}))
             self._db.execute(f"PRAGMA user_version = {FORMAT}")
 
     def find_damage(self) -> list[str]:
@@ -319,7 +355,7 @@ class Catalogue:
 
     def _compare(self, table: str, rows: int, total: int) -> None:
         """Refuse a table that does not hold the rows that it was left with."""
-        if self._format() != UNTALLIED and self._state()[table] != [rows, total]:
+        if self.tallied and self._state()[table] != [rows, total]:
             raise self._damage(f"(rows of its {table} are missing)")
 
     def _state(self) -> dict[str, Any]:
@@ -328,14 +364,6 @@ class Catalogue:
             state: dict[str, Any] = json.loads(value)
             return state
         raise self._damage("(the tally of its rows is missing)")
-
-    def _last_number(self) -> int:
-        """The largest segment number that was ever given."""
-        if self._format() == UNTALLIED:
-            last = self._db.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()[0]
-        else:
-            last = self._state()["last"]
-        return max(last or 0, self._db.execute("SELECT max(number) FROM segments").fetchone()[0] or 0)
 
     def _format(self) -> int:
         return int(self._db.execute("PRAGMA user_version").fetchone()[0])

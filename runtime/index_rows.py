@@ -56,8 +56,8 @@ class SoundRows:
         except BundleError:
             if not self._skip_damaged:
                 raise
-            sound, sentence = self._catalogue.sound_rows(part.number, part.segment.items)
-            self._of[part.number] = sound
+            sound, sentence = self._catalogue.sound_items(part.number, part.segment.items)
+            self._of[part.number] = np.array(list(sound), np.int64)
             self.changes += 1
             if len(lost := self._damaged(part)):
                 named = ", ".join(map(str, lost[:MOST_NAMED])) + (", ..." if len(lost) > MOST_NAMED else "")

@@ -28,6 +28,10 @@ Rows = NDArray[np.int64]
 NO_ROWS = np.empty(0, np.int64)
 
 
+class UnreadableError(BundleError):
+    """A file that this process cannot read; it may be sound."""
+
+
 def write_segment(path: Path, layout: Layout, items: int, source: Source) -> int:
     """Write a segment under a temporary name, make it durable, and rename it to `path`.
 
@@ -106,7 +110,7 @@ def _map_file(path: Path) -> mmap.mmap:
     except FileNotFoundError:
         raise BundleError(f"{path} is missing; restore it, or index its items again") from None
     except PermissionError:
-        raise BundleError(f"{path} may not be read by this user") from None
+        raise UnreadableError(f"{path} may not be read by this user") from None
     except ValueError:
         raise BundleError(f"{path} is empty; restore it, or index its items again") from None
 
@@ -133,11 +137,11 @@ class Segment:
             for (name, _, dtype, shape), start, size in zip(blocks, starts, sizes, strict=False)
         }
         self._crcs = self._blocks["crc32"]
-        if zlib.crc32(self._crcs.tobytes(), zlib.crc32(self._bytes[: len(header)].data)) != checksum:
+        self._groups = [self._stored(group) for group in range(len(layout.spans))]
+        if not self._recognise(header, checksum):
             raise BundleError(f"{path} is damaged in its header or its table of checksums; restore it")
         self._checked = np.full(self._crcs.shape, not verify)
         self._sound = [not verify] * len(layout.spans)  # groups of which all rows were found good
-        self._groups = [self._stored(group) for group in range(len(layout.spans))]
 
     def groups(self, vectors: int) -> list[Vectors]:
         """The arrays (items, r, d) that hold the first `vectors` vectors of every item. `check` the rows to be read."""
@@ -177,6 +181,9 @@ class Segment:
         others = f" and {len(rows) - 1} others" if len(rows) > 1 else ""
         return BundleError(f"{self.path} is damaged in row {rows[0]}{others}; restore it, or index its items again")
 
+    def _recognise(self, header: bytes, checksum: int) -> bool:
+        return zlib.crc32(self._crcs.tobytes(), zlib.crc32(self._bytes[: len(header)].data)) == checksum
+
     def _check_group(self, group: int, rows: Rows | None) -> Rows:
         if self._sound[group]:
             return NO_ROWS
@@ -185,8 +192,7 @@ class Segment:
         if not len(todo):
             return todo
         self._will_need(group, todo)
-        codes, scales = _parts(self._groups[group])
-        crcs = np.array([item_crc(codes, scales, row) for row in todo.tolist()], np.uint32)
+        crcs = self._computed(group, todo)
         if len(todo) == self.items:
             self._advise(group, "NORMAL")  # what was pushed out of memory since comes back by read-ahead
         good = crcs == self._crcs[todo, group]
@@ -195,6 +201,10 @@ class Segment:
         if rows is None and not len(damaged):
             self._sound[group] = True
         return damaged
+
+    def _computed(self, group: int, rows: Rows) -> NDArray[np.uint32]:
+        codes, scales = _parts(self._groups[group])
+        return np.array([item_crc(codes, scales, row) for row in rows.tolist()], np.uint32)
 
     def piece(self, group: int, rows: Rows) -> Vectors:
         """A copy of some rows of one group."""
@@ -225,3 +235,16 @@ class Segment:
         values = self._blocks[f"vectors.{self.layout.name(group)}"]
         scales = self._blocks.get(f"scales.{self.layout.name(group)}")
         return values if scales is None else Int8Vectors(values, scales)
+
+
+class MendedSegment(Segment):
+    """A segment whose header or table of checksums may be damaged, which loses nothing: the layout says what the header was, and
+    the vectors what the table was, if with it the file is again the one that was written.
+    """
+
+    def _recognise(self, header: bytes, checksum: int) -> bool:
+        if zlib.crc32(self._crcs.tobytes(), start := zlib.crc32(header)) == checksum:
+            return True
+        rows = np.arange(self.items)
+        self._crcs = np.stack([self._computed(group, rows) for group in range(len(self._groups))], axis=1)
+        return zlib.crc32(self._crcs.tobytes(), start) == checksum

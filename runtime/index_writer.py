@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import os
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,15 +17,13 @@ from numpy.typing import NDArray
 
 from .errors import BundleError, MetaEmbedError, UsageError
 from .index import SEGMENTS
-from .index_ann import KEY, SUFFIX, write_ann
+from .index_ann import KEY, write_ann
 from .index_catalogue import CATALOGUE, Catalogue, Place, SegmentRow, pack_dead
+from .index_files import WriterLock, copy_rows, remove_leftovers, write_new_segment
 from .index_layout import cut
-from .index_segment import Segment, Source, write_segment
-from .maxsim import Vectors
+from .index_segment import Segment
 
-LOCK = "writer.lock"
 SEGMENT_BYTES = 1 << 30  # what `compact` merges up to
-PIECE_BYTES = 1 << 22  # copied at a time when merging
 
 
 P = ParamSpec("P")
@@ -52,23 +48,23 @@ class IndexWriter:
     leaves a file that nothing refers to, and the next writer removes it.
 
     Raises:
-        UsageError: there is no index, or another process writes to it.
+        UsageError: there is no index, or another process writes to it. BundleError: its catalogue is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(os.path.abspath(folder))  # the process may change its own later
         self._turn = threading.RLock()
-        if not (self.folder / CATALOGUE).is_file():
-            raise UsageError(f"{self.folder} is no index: it has no {CATALOGUE}; metaembed-index makes one")
-        self._lock = open(self.folder / LOCK, "a")  # noqa: SIM115 (held until close)
+        self._lock = WriterLock(self.folder)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._catalogue = Catalogue(self.folder, write=True)
-            self.about, self.layout = self._catalogue.about(), self._catalogue.layout()
-            self._remove_orphans()
-        except BlockingIOError:
-            self._lock.close()
-            raise UsageError(f"another process is writing to {self.folder}; wait for it to finish") from None
+            try:
+                if found := self._catalogue.find_damage():
+                    raise BundleError(found[0])
+                self.about, self.layout = self._catalogue.about(), self._catalogue.layout()
+                remove_leftovers(self.folder, self._catalogue)
+            except BaseException:
+                self._catalogue.close()
+                raise
         except BaseException:
             self._lock.close()
             raise
@@ -84,9 +80,7 @@ class IndexWriter:
     @_in_turn
     def close(self) -> None:
         self._catalogue.close()
-        if not self._lock.closed:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # or a child that was forked meanwhile would go on holding it
-            self._lock.close()
+        self._lock.close()
 
     @_in_turn
     def known(self, ids: Sequence[str]) -> set[str]:
@@ -129,7 +123,9 @@ class IndexWriter:
         if not ids:
             return
         spans = list(zip(self.layout.starts, self.layout.ends, strict=True))
-        name, checksum = self._write(len(ids), lambda group: iter([cut(stored, *spans[group])]))
+        name, checksum = write_new_segment(
+            self.folder, self.layout, len(ids), lambda group: iter([cut(stored, *spans[group])])
+        )
         with self._entering():
             self._bury(replaced.values())
             self._catalogue.add_segment(name, checksum, list(zip(ids, texts, strict=True)))
@@ -183,7 +179,7 @@ class IndexWriter:
         )
         with self._entering():
             self._catalogue.set_about(KEY, record.to_json())
-        self._remove_orphans()
+        remove_leftovers(self.folder, self._catalogue)
         return record.items
 
     def _batches(self, segment_bytes: int) -> list[list[SegmentRow]]:
@@ -213,25 +209,14 @@ class IndexWriter:
             for place, id_, payload in self._catalogue.rows(row.number, row.items)
             if place in keep
         ]
-        count = sum(map(len, alive))
-
-        def source(group: int) -> Iterator[Vectors]:
-            step = max(1, PIECE_BYTES // self.layout.item_bytes)
-            for segment, rows in zip(segments, alive, strict=True):
-                for start in range(0, len(rows), step):
-                    yield segment.piece(group, rows[start : start + step])
-
-        name, checksum = self._write(count, source) if count else ("", 0)
+        parts = list(zip(segments, alive, strict=True))
+        name, checksum = copy_rows(self.folder, self.layout, parts) if parts else ("", 0)
         with self._entering():
             self._catalogue.drop_segments(row.number for row in batch)
-            if count:
+            if parts:
                 self._catalogue.add_segment(name, checksum, items)
         for row in batch:
             (folder / row.name).unlink(missing_ok=True)
-
-    def _write(self, items: int, source: Source) -> tuple[str, int]:
-        name = f"{uuid.uuid4().hex}.safetensors"  # never used twice: a reader may still map an older file
-        return name, write_segment(self.folder / SEGMENTS / name, self.layout, items, source)
 
     @contextmanager
     def _entering(self) -> Iterator[None]:
@@ -242,7 +227,7 @@ class IndexWriter:
         except BaseException:
             # By the catalogue's word, not by the exception: an interrupt may arrive just after the commit.
             with suppress(MetaEmbedError, OSError):
-                self._remove_orphans()
+                remove_leftovers(self.folder, self._catalogue)
             raise
 
     def _alive_places(self, ids: Sequence[str]) -> dict[str, Place]:
@@ -270,17 +255,6 @@ class IndexWriter:
                 self._catalogue.set_dead(
                     SegmentRow(segment.number, segment.name, segment.items, segment.checksum, packed)
                 )
-
-    def _remove_orphans(self) -> None:
-        """What killed writers left: files of which the catalogue knows nothing. It was compared when it was opened."""
-        known = {row.name for row in self._catalogue.segments()}
-        for path in (self.folder / SEGMENTS).iterdir():
-            if path.name not in known and path.suffix in (".safetensors", ".partial"):
-                path.unlink()
-        graph = self._catalogue.about().get(KEY, "")
-        for path in self.folder.glob("ann-*"):
-            if path.suffix in (SUFFIX, ".partial") and path.name not in graph:
-                path.unlink()
 
 
 def _plain(ids: Sequence[str]) -> list[str]:

@@ -180,6 +180,81 @@ def test_info_verify_delete_compact(demo_bundle, index, tmp_path, capsys):
     assert segment.name in capsys.readouterr().out
 
 
+def damage_item(folder, row):
+    """Change a bit of an item's first vector in the only segment, which has 64 vectors of 128 dims in bf16."""
+    (path,) = (folder / "segments").iterdir()
+    content = bytearray(path.read_bytes())
+    content[8 + int.from_bytes(content[:8], "little") + row * 128 * 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_repair_says_what_it_would_drop_drops_it_and_resuming_encodes_it_again(
+    demo_bundle, data, index, tmp_path, capsys
+):
+    """The first and the last item of the fixture, `image0` and `7`; the answers are those of the sound index."""
+    folder = shutil.copytree(index, tmp_path / "an index")
+    question = (index, "a red star", "-k", 8)
+    right = searched(capsys, *question)
+    for row in (0, 7):
+        damage_item(folder, row)
+    (segment,) = (folder / "segments").iterdir()
+    before = segment.read_bytes(), (folder / "catalogue.sqlite").read_bytes()
+    assert cli_index.main(["verify", str(folder)]) == 1
+    damage = f"{segment} is damaged in row 0 and 1 others; restore it, or index its items again"
+    assert capsys.readouterr().out.splitlines() == [
+        damage,
+        f"metaembed-index repair '{folder}' says what can be mended",
+    ]
+    assert cli_index.main(["repair", str(folder)]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        damage,
+        "2 items would be dropped: image0, 7",
+        f"nothing was changed; metaembed-index repair '{folder}' --drop drops what is damaged and keeps 6 items",
+    ]
+    assert (segment.read_bytes(), (folder / "catalogue.sqlite").read_bytes()) == before
+    assert cli_index.main(["repair", str(folder), "--drop"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        damage,
+        "2 items dropped: image0, 7",
+        "repaired: 6 items",
+        f"metaembed-index BUNDLE --data DATA -o '{folder}' --resume encodes what was dropped again",
+    ]
+    assert searched(capsys, folder, *question[1:]) == [
+        {**hit, "rank": rank} for rank, hit in enumerate((hit for hit in right if hit["id"] not in ("image0", "7")), 1)
+    ]
+    assert cli_index.main(["repair", str(folder)]) == 0
+    assert capsys.readouterr().out == "sound, nothing to repair: 6 items\n"
+    command = [str(demo_bundle), "--data", str(data / "data.jsonl"), "-o", str(folder), "--resume"]
+    assert cli_index.main(command) == 0
+    assert "2 items added" in capsys.readouterr().out
+    again = searched(capsys, folder, *question[1:])
+    assert [hit["id"] for hit in again] == [hit["id"] for hit in right]
+    np.testing.assert_allclose([hit["score"] for hit in again], [hit["score"] for hit in right], atol=0.05)
+
+
+def test_a_repair_as_json_names_all_that_is_dropped(index, tmp_path, capsys):
+    """And the text the first twenty; an index of 30 items, each stored with the same vectors, all of them lost."""
+    folder = tmp_path / "index"
+    with Index.open(index) as made:
+        Index.create(folder, made.layout)
+    ids = ["\x1b[31m", *(f"a{i}" for i in range(29))]
+    with Index.open(folder).writer() as writer:
+        writer.add(ids, np.ones((30, 64, 128), np.float32))
+    (segment,) = (folder / "segments").iterdir()
+    segment.unlink()
+    assert cli_index.main(["repair", str(folder), "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said == {
+        "done": False, "damages": [f"{segment} is missing; restore it, or index its items again"], "dropped": ids,
+        "unnamed": 0, "older": [], "items": 0, "graph_dropped": False,
+    }  # fmt: skip
+    assert cli_index.main(["repair", str(folder)]) == 1
+    assert f"30 items would be dropped: \\x1b[31m, {', '.join(ids[1:20])}, ...\n" in capsys.readouterr().out
+    assert cli_index.main(["repair", str(folder), "--drop", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {**said, "done": True}
+    assert "no index" in refused(capsys, cli_index.main, "repair", tmp_path)
+
+
 def test_what_is_in_an_index_as_json(index, capsys):
     """Expected by hand: what the fixture wrote; the largest budget is 64."""
     assert cli_index.main(["info", str(index), "--json"]) == 0

@@ -593,6 +593,11 @@ def test_a_repair_that_is_killed_at_any_line_changes_all_or_nothing(originals, t
     assert len(entering) >= 5
 
 
+def ended(child):
+    """Whether a child process has ended; it stays to be waited for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def test_a_repair_that_is_killed_at_any_moment_changes_all_or_nothing(originals, tmp_path):
     """Also within SQLite: the catalogue has 5,000 items more, so that its copying takes a while."""
     folder = shutil.copytree(originals["bf16"], tmp_path / "harmed")
@@ -606,13 +611,19 @@ def test_a_repair_that_is_killed_at_any_moment_changes_all_or_nothing(originals,
     begin = time.monotonic()
     os.waitpid(in_a_child(lambda: repair_index(shutil.copytree(folder, tmp_path / "whole"), drop=True)), 0)
     whole = time.monotonic() - begin
-    rng, ends = np.random.default_rng(0), []
-    for i, share in enumerate([*rng.random(10), 3]):
+    ends, unfinished = [], 0
+    for i, share in enumerate([*np.random.default_rng(0).random(10), *[None] * 6, 3]):
         killed = shutil.copytree(folder, tmp_path / f"killed{i}")
         child = in_a_child(lambda: repair_index(killed, drop=True))  # noqa: B023 (forked at once)
-        time.sleep(share * whole)
+        if share is None:  # while SQLite writes: its journal is there
+            while not (killed / f"{CATALOGUE}-journal").exists() and not ended(child):
+                pass
+            time.sleep(0.001 * (i - 10))
+        else:
+            time.sleep(share * whole)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        unfinished += (killed / f"{CATALOGUE}-journal").exists()
         with contextlib.closing(Catalogue(killed)):
             pass
         with Index.open(killed, skip_damaged=True) as index:
@@ -626,6 +637,7 @@ def test_a_repair_that_is_killed_at_any_moment_changes_all_or_nothing(originals,
             assert len(index) == repair.items
         shutil.rmtree(killed)
     assert set(ends) == {"before", "after"}
+    assert unfinished
 
 
 def limited(folder, size):

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Parser, on_one_line, progress, run_command
+from .command import EXIT_DONE, EXIT_FAILED, Parser, counted, on_one_line, progress, run_command
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ EPILOG = """examples:
   metaembed-search pages.index "a red umbrella" --cascade 1,1:1000 4,8:100 16,64 --where "year>=2020" lang=en
 
 A cascade scores everything with the vectors of its first stage, R_Q,R_C, and what that keeps with those of the next.
+Images of a folder that cannot be read are named and left out, and the command then exits with 1.
 """
 
 
@@ -66,13 +67,14 @@ def run(args: argparse.Namespace) -> int:
         hint = f" (before --{greedy[0]}, which takes every word that follows)" if greedy else ""
         raise UsageError(f"no query: give a text, or --image FILE, or both{hint}")
     if (args.source / CATALOGUE).is_file():
-        hits, note = _search_index(args)
+        (hits, note), unreadable = _search_index(args), 0
     elif not args.source.exists():
         raise UsageError(f"{args.source} is missing; name an index, or a bundle and --images DIR")
     elif args.images is None:
         raise UsageError(f"{args.source} is no index; to rank a folder with a bundle, name it with --images DIR")
     else:
-        hits, note = _rank_folder(args)
+        hits, note, unreadable = _rank_folder(args)
+    code = EXIT_FAILED if unreadable else EXIT_DONE
     if args.json:
         utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
         rows = [_json(hit) for hit in hits]
@@ -80,13 +82,13 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(rows, indent=2, ensure_ascii=not utf8))
         except RecursionError:  # a deeply nested payload; without indents json takes it as deep as it was stored
             print(json.dumps(rows, ensure_ascii=not utf8))
-        return 0
+        return code
     print(f"{'rank':>4}  {'score':>8}  id")
     for hit in hits:
         print(f"{hit.rank:>4}  {hit.score:>8.4f}  {on_one_line(hit.id)}")
     if not args.quiet:
         print(note)
-    return 0
+    return code
 
 
 def _json(hit: Hit) -> dict[str, object]:
@@ -94,7 +96,7 @@ def _json(hit: Hit) -> dict[str, object]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _rank_folder(args: argparse.Namespace) -> tuple[list[Hit], str]:
+def _rank_folder(args: argparse.Namespace) -> tuple[list[Hit], str, int]:
     if args.cascade or args.approximate or args.where or args.bundle or args.skip_damaged:
         raise UsageError(
             "--cascade, --approximate, --where, --bundle and --skip-damaged belong to an index; metaembed-index makes one"
@@ -107,9 +109,10 @@ def _rank_folder(args: argparse.Namespace) -> tuple[list[Hit], str]:
     paths = find_images(args.images)
     with Encoder.open(args.source) as encoder:
         budget = Budget.parse(args.budget) if args.budget else encoder.bundle.manifest.largest
-        hits = rank_images(encoder, paths, text=args.text, image=args.image, budget=budget, k=args.k,
-                           track=lambda work: progress(work, "encoding", quiet=args.quiet))  # fmt: skip
-        return hits, f"{len(paths)} images, budget {budget}, {encoder.description}"
+        hits, unreadable = rank_images(encoder, paths, text=args.text, image=args.image, budget=budget, k=args.k,
+                                       track=lambda work: progress(work, "encoding", quiet=args.quiet))  # fmt: skip
+        note = f"{counted(len(paths), 'image')}, {unreadable} unreadable, budget {budget}, {encoder.description}"
+        return hits, note, unreadable
 
 
 def _search_index(args: argparse.Namespace) -> tuple[list[Hit], str]:
@@ -130,6 +133,8 @@ def _search_index(args: argparse.Namespace) -> tuple[list[Hit], str]:
         stages = [Stage(Budget.parse(args.budget))]
     with Index.open(args.source, skip_damaged=args.skip_damaged) as index:
         bundle = Path(args.bundle or index.bundle)
+        if args.bundle is None and not index.bundle:
+            raise UsageError(f"{args.source} does not name the bundle that it was made with; say where by --bundle DIR")
         if args.bundle is None and not (bundle / MANIFEST).is_file():
             raise UsageError(
                 f"{args.source} was made with {bundle}, which is no longer there; say where by --bundle DIR"
@@ -141,6 +146,6 @@ def _search_index(args: argparse.Namespace) -> tuple[list[Hit], str]:
             description = encoder.description
         cascade = stages or default_cascade(len(index), Budget(len(query), index.layout.vectors), args.k)
         hits = index.search(query, args.k, cascade=cascade, where=args.where, approximate=args.approximate)
-        note = f"{len(index)} items, {'' if stages else 'default '}cascade {' '.join(map(str, cascade))}"
+        note = f"{counted(len(index), 'item')}, {'' if stages else 'default '}cascade {' '.join(map(str, cascade))}"
         note += ", approximate first stage" if args.approximate else ""
     return hits, f"{note}, {description}"

@@ -15,7 +15,7 @@ from .errors import BundleError, MetaEmbedError, UsageError
 from .index import Index
 from .index_layout import Layout
 from .index_writer import IndexWriter
-from .readable import encode_readable
+from .readable import encode_readable, is_unicode
 from .search import find_images
 
 log = logging.getLogger(__name__)
@@ -150,6 +150,8 @@ def _check_layout(
 
 def check_model(encoder: Encoder, fingerprint: str, folder: Path) -> None:
     """Refuse a bundle whose vectors cannot be compared with those in the index."""
+    if not fingerprint:
+        raise UsageError(f"{folder} does not say which model its vectors are of; no bundle's can be compared with them")
     if encoder.fingerprint != fingerprint:
         raise UsageError(f"{folder} was made with another model than {encoder.bundle.folder}; use that model's bundle")
 
@@ -170,7 +172,7 @@ def build_index(
     report = IndexingReport()
     for start in track(range(0, len(items), BATCH)):
         batch = items[start : start + BATCH]
-        known = set() if update else writer.known([item.id for item in batch])
+        known = set() if update else writer.known([item.id for item in batch if is_unicode(item.id)])
         report.known += len(known)
         batch = [item for item in batch if item.id not in known]
         if batch:

@@ -115,6 +115,7 @@ def open_writer(
         UsageError: the folder exists and `resume` is false, or another model or layout filled it.
     """
     largest = encoder.bundle.manifest.largest.candidate
+    bundle = str(Path(encoder.bundle.folder).absolute())
     if vectors is not None and not 1 <= vectors <= largest:
         raise UsageError(f"{vectors} vectors per item were asked for; this bundle gives 1 to {largest}")
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -123,12 +124,13 @@ def open_writer(
             raise UsageError(f"{folder} exists; give --resume to continue or extend it, or another folder with -o")
         ends = [budget.candidate for budget in encoder.budgets]
         layout = Layout.for_vectors(encoder.dim, vectors or largest, storage or "bf16", ends, screen=screen)
-        bundle = str(Path(encoder.bundle.folder).absolute())
         Index.create(folder, layout, fingerprint=encoder.fingerprint, bundle=bundle)
     writer = IndexWriter(folder)
     try:
         check_model(encoder, writer.about.get("fingerprint", ""), folder)
         _check_layout(writer.layout, folder, storage=storage, screen=screen, vectors=vectors, largest=largest)
+        if bundle != writer.about.get("bundle"):  # it was moved
+            writer.set_bundle(bundle)
     except BaseException:
         writer.close()
         raise
@@ -187,7 +189,7 @@ def build_index(
             writer.add([item.id for item in batch], embeddings, [item.payload for item in batch], replace=update)
             report.added += len(batch)
     try:
-        writer.compact()
+        writer.tidy()
     except BundleError:
         raise
     except (MetaEmbedError, OSError) as error:  # a disk with room for the items, but not for some of them twice

@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # A process for each core (tests/conftest.py says which takes what). `make test WORKERS=` needs but one, for a debugger.
 WORKERS ?= -n logical --maxprocesses 4 --no-loadscope-reorder
-SOURCES := $(shell find runtime export calibration bench -type f -not -name '*.pyc' 2>/dev/null) $(wildcard setup.py)
+SOURCES := $(shell find commands runtime export calibration bench -type f -not -name '*.pyc' 2>/dev/null) $(wildcard setup.py)
 
 .PHONY: demo test lint bench clean
 

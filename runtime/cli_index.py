@@ -33,7 +33,7 @@ examples:
   metaembed-index verify corpus.index           read everything; exit 1 when anything is damaged
   metaembed-index repair corpus.index           mend what is damaged; says what would be lost, and --drop drops it
   metaembed-index delete corpus.index ID ...    remove items
-  metaembed-index compact corpus.index          merge small segments, free what deleted items take
+  metaembed-index compact corpus.index          merge all small segments, free what deleted items take
   metaembed-index ann corpus.index              build the graph that metaembed-search --approximate uses
 """
 
@@ -249,7 +249,11 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
         "Mend what is damaged. Where items would be lost, name them and change nothing, unless --drop is given.",
     ),
     "delete": (_delete, "Remove items by id."),
-    "compact": (_compact, "Merge small segments and free what deleted items take."),
+    "compact": (
+        _compact,
+        "Merge all segments that fit together, up to 1 GiB, and free what deleted items take. Indexing merges by itself as\n"
+        "far as that is in proportion to what was added. An HNSW graph does not hold what was merged; ann builds it again.",
+    ),
     "ann": (_ann, "Build the HNSW graph of an approximate first stage, from the items that are in the index now."),
 }
 

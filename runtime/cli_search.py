@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from .command import EXIT_DONE, EXIT_FAILED, Parser, on_one_line, progress, run_command
+from .command import EXIT_DONE, EXIT_FAILED, Parser, counted, on_one_line, progress, run_command
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ EPILOG = """examples:
 A cascade scores everything with the vectors of its first stage, R_Q,R_C, and what that keeps with those of the next.
 
 A file of queries has one object a line: "text", "image" (a path relative to the file), or both, and "id" (default: the line's
-number); other fields are ignored. Results are lines of {"query", "hits": [{"rank", "id", "score", "payload"}]}. Queries that
-cannot be read are named and left out, and the command then exits with 1.
+number); other fields are ignored. Results are lines of {"query", "hits": [{"rank", "id", "score", "payload"}]}. Queries, and
+images of a folder, that cannot be read are named and left out, and the command then exits with 1.
 """
 INDEX_ONLY = ("queries", "cascade", "approximate", "where", "bundle", "skip_damaged", "hold", "place")
 
@@ -95,15 +95,15 @@ def run(args: argparse.Namespace) -> int:
         if args.queries:
             return _search_many(args)
         with _open(args) as searcher:
-            hits, note = searcher.search(args.text, args.image), searcher.description
+            hits, note, unreadable = searcher.search(args.text, args.image), searcher.description, 0
     elif not args.source.exists():
         raise UsageError(f"{args.source} is missing; name an index, or a bundle and --images DIR")
     elif args.images is None:
         raise UsageError(f"{args.source} is no index; to rank a folder with a bundle, name it with --images DIR")
     else:
-        hits, note = _rank_folder(args)
+        hits, note, unreadable = _rank_folder(args)
     _print_hits(args, hits, note)
-    return EXIT_DONE
+    return EXIT_FAILED if unreadable else EXIT_DONE
 
 
 def _check_query(args: argparse.Namespace) -> None:
@@ -204,7 +204,7 @@ def _open(args: argparse.Namespace) -> Searcher:
                     approximate=args.approximate, hold=args.hold, place=args.place, skip_damaged=args.skip_damaged)  # fmt: skip
 
 
-def _rank_folder(args: argparse.Namespace) -> tuple[list[Hit], str]:
+def _rank_folder(args: argparse.Namespace) -> tuple[list[Hit], str, int]:
     if any(getattr(args, name) for name in INDEX_ONLY):
         *names, last = (f"--{name.replace('_', '-')}" for name in INDEX_ONLY)
         raise UsageError(f"{', '.join(names)} and {last} belong to an index; metaembed-index makes one")
@@ -216,6 +216,7 @@ def _rank_folder(args: argparse.Namespace) -> tuple[list[Hit], str]:
     paths = find_images(args.images)
     with Encoder.open(args.source) as encoder:
         budget = Budget.parse(args.budget) if args.budget else encoder.bundle.manifest.largest
-        hits = rank_images(encoder, paths, text=args.text, image=args.image, budget=budget, k=args.k,
-                           track=lambda work: progress(work, "encoding", quiet=args.quiet))  # fmt: skip
-        return hits, f"{len(paths)} images, budget {budget}, {encoder.description}"
+        hits, unreadable = rank_images(encoder, paths, text=args.text, image=args.image, budget=budget, k=args.k,
+                                       track=lambda work: progress(work, "encoding", quiet=args.quiet))  # fmt: skip
+        note = f"{counted(len(paths), 'image')}, {unreadable} unreadable, budget {budget}, {encoder.description}"
+        return hits, note, unreadable

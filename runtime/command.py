@@ -19,7 +19,11 @@ from .errors import MetaEmbedError, UsageError
 
 T = TypeVar("T")
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
-EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # 128 and the signal's number
+EXIT_INTERRUPTED = 130  # 128 and the signal's number
+INTERRUPTED = "interrupted; nothing half-written was left"
+# Numbers of the signals that ended the work. Not by the exception: some libraries make another one of it (onnxruntime, interrupted
+# in its import, an ImportError: 2 of 20 interrupts).
+_caught: list[int] = []
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,8 +67,7 @@ def run_command(
     logging.basicConfig(handlers=[handler])
     level = logging.DEBUG if args.verbose else logging.ERROR if args.quiet else logging.WARNING
     logging.getLogger("metaembed").setLevel(level)  # not the root: Pillow and torch would flood --verbose
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
+    _catch_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show is escaped, never a traceback
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -80,17 +83,22 @@ def run_command(
         return EXIT_DONE
     except OSError as error:
         return _fail(parser, args, _os_sentence(error), EXIT_FAILED)
-    except KeyboardInterrupt as error:
-        code = EXIT_TERMINATED if isinstance(error, _Terminated) else EXIT_INTERRUPTED
-        return _fail(parser, args, "interrupted; nothing half-written was left", code)
+    except KeyboardInterrupt:
+        return _fail(parser, args, INTERRUPTED, EXIT_INTERRUPTED)
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: of a container's end, a time limit, a cancelled job. What an interrupt cleans up is cleaned up then, too."""
+def _catch_signals() -> None:
+    """Ctrl-C, and SIGTERM: of a container's end, a time limit, a cancelled job. What the one cleans up, the other does too."""
+    _caught.clear()
+    if threading.current_thread() is threading.main_thread():
+        for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            if signal.getsignal(number) == default:
+                signal.signal(number, _interrupt)
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    raise _Terminated
+def _interrupt(number: int, frame: object) -> NoReturn:
+    _caught.append(number)
+    raise KeyboardInterrupt
 
 
 class _OneLine(logging.Formatter):
@@ -105,6 +113,8 @@ def _os_sentence(error: OSError) -> str:
 
 
 def _fail(parser: Parser, args: argparse.Namespace, sentence: str, code: int) -> int:
+    if _caught:
+        sentence, code = INTERRUPTED, 128 + _caught[-1]
     if args.verbose:
         logging.getLogger(parser.prog).exception("traceback follows")
     print(on_one_line(f"{parser.prog}: {sentence}"), file=sys.stderr)

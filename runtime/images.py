@@ -191,11 +191,20 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
         raise UsageError(f"an image is a path or a PIL image, not {type(source).__name__}")
     path = Path(source)
     if not os.path.isfile(path):  # False for a name too long, where Path.is_file raises
-        raise UsageError(f"{path} is {'a folder' if os.path.isdir(path) else 'missing'}; an image file is needed")
+        raise UsageError(f"{path} is {_what_is_there(path)}; an image file is needed")
     with _one_sentence(str(path)), _open(path) as image:
         if image.format == "EPS":  # Pillow would start Ghostscript on it
             raise UsageError(f"{path} is PostScript; convert it to PNG or JPEG first")
         return _stretch(_rgb_on_white(_upright(image)), str(path))
+
+
+def _what_is_there(path: Path) -> str:
+    """What is no file."""
+    if os.path.isdir(path):
+        return "a folder"
+    if os.path.exists(path):
+        return "no file but a pipe, a socket or a device"
+    return "a broken link" if os.path.islink(path) else "missing"
 
 
 def patchify(image: Image.Image, rules: ImageRules) -> Patches:

@@ -273,7 +273,7 @@ class Index:
                 if rows is None:
                     return self._snapshot
                 try:
-                    self._snapshot, self._version = self._load(rows), version
+                    self._snapshot, self._version = self._load(rows, version[0]), version
                     if self.device:
                         self.device.keep({part.segment for part in self._snapshot.parts})
                 except BundleError:
@@ -330,7 +330,8 @@ class Index:
                     damage.sentence for damage in found
                 ]  # else another process committed meanwhile: files of one state, rows of another
 
-    def _load(self, rows: Sequence[SegmentRow]) -> Snapshot:
+    def _load(self, rows: Sequence[SegmentRow], version: int) -> Snapshot:
+        """The snapshot of one version of the catalogue."""
         known = {part.number: part.segment for part in self._snapshot.parts}
         parts: list[Part] = []
         damaged: list[str] = []
@@ -343,7 +344,7 @@ class Index:
             try:
                 segment = known.get(row.number) or self._open_segment(row)
             except BundleError as error:
-                if not self.skip_damaged:
+                if not self.skip_damaged or self._catalogue.version() != version:  # merged since: nothing is damaged
                     raise
                 log.warning("left out, with its %d items: %s", int(alive.sum()), error)
                 damaged.append(str(error))

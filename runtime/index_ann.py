@@ -3,8 +3,8 @@
     index/ann-*.usearch     the graph; the catalogue says which file, its SHA-256, and which segments it was built from
 
 The graph only says where to look. What it finds is scored again by the exact stage, and so are all items of segments that
-it was not built from: appended since, or rewritten by `compact`. Its keys are (segment number, row), and neither is ever
-used twice, so a key leads to the vector that was indexed or, deleted or compacted, to nothing.
+it was not built from: appended since, or merged (`IndexWriter.compact`, `tidy`). Its keys are (segment number, row), and neither
+is ever used twice, so a key leads to the vector that was indexed or, deleted or compacted, to nothing.
 """
 
 from __future__ import annotations

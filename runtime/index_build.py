@@ -16,7 +16,7 @@ from .index_layout import Layout
 from .index_writer import IndexWriter
 from .items import Item
 from .manifest import MANIFEST
-from .readable import encode_readable
+from .readable import encode_readable, is_unicode
 
 log = logging.getLogger(__name__)
 BATCH = 64  # items encoded and made durable together: what a kill can cost
@@ -45,6 +45,7 @@ def open_writer(
         UsageError: the folder exists and `resume` is false, or another model or layout filled it.
     """
     largest = encoder.bundle.manifest.largest.candidate
+    bundle = str(Path(encoder.bundle.folder).absolute())
     if vectors is not None and not 1 <= vectors <= largest:
         raise UsageError(f"{vectors} vectors per item were asked for; this bundle gives 1 to {largest}")
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -53,12 +54,13 @@ def open_writer(
             raise UsageError(f"{folder} exists; give --resume to continue or extend it, or another folder with -o")
         ends = [budget.candidate for budget in encoder.budgets]
         layout = Layout.for_vectors(encoder.dim, vectors or largest, storage or "bf16", ends, screen=screen)
-        bundle = str(Path(encoder.bundle.folder).absolute())
         Index.create(folder, layout, fingerprint=encoder.fingerprint, bundle=bundle)
     writer = IndexWriter(folder)
     try:
         check_model(encoder, writer.about.get("fingerprint", ""), folder)
         _check_layout(writer.layout, folder, storage=storage, screen=screen, vectors=vectors, largest=largest)
+        if bundle != writer.about.get("bundle"):  # it was moved
+            writer.set_bundle(bundle)
     except BaseException:
         writer.close()
         raise
@@ -82,8 +84,10 @@ def find_bundle(index: Index, given: Path | None) -> Path:
     """The bundle of an index's model: the one given, or where it was at indexing.
 
     Raises:
-        UsageError: it is no longer there.
+        UsageError: it is no longer there, or the index does not say where it was.
     """
+    if given is None and not index.bundle:
+        raise UsageError(f"{index.folder} does not name the bundle that it was made with; say where by --bundle DIR")
     if given is None and not (Path(index.bundle) / MANIFEST).is_file():
         raise UsageError(
             f"{index.folder} was made with {index.bundle}, which is no longer there; say where by --bundle DIR"
@@ -93,6 +97,8 @@ def find_bundle(index: Index, given: Path | None) -> Path:
 
 def check_model(encoder: Encoder, fingerprint: str, folder: Path) -> None:
     """Refuse a bundle whose vectors cannot be compared with those in the index."""
+    if not fingerprint:
+        raise UsageError(f"{folder} does not say which model its vectors are of; no bundle's can be compared with them")
     if encoder.fingerprint != fingerprint:
         raise UsageError(f"{folder} was made with another model than {encoder.bundle.folder}; use that model's bundle")
 
@@ -113,7 +119,7 @@ def build_index(
     report = IndexingReport()
     for start in track(range(0, len(items), BATCH)):
         batch = items[start : start + BATCH]
-        known = set() if update else writer.known([item.id for item in batch])
+        known = set() if update else writer.known([item.id for item in batch if is_unicode(item.id)])
         report.known += len(known)
         batch = [item for item in batch if item.id not in known]
         if batch:
@@ -131,7 +137,7 @@ def build_index(
             writer.add([item.id for item in batch], embeddings, [item.payload for item in batch], replace=update)
             report.added += len(batch)
     try:
-        writer.compact()
+        writer.tidy()
     except BundleError:
         raise
     except (MetaEmbedError, OSError) as error:  # a disk with room for the items, but not for some of them twice

@@ -23,7 +23,7 @@ from .index_files import WriterLock, copy_rows, remove_leftovers, write_new_segm
 from .index_layout import cut
 from .index_segment import Segment
 
-SEGMENT_BYTES = 1 << 30  # what `compact` merges up to
+SEGMENT_BYTES = 1 << 30  # what `compact` and `tidy` merge up to
 
 
 P = ParamSpec("P")
@@ -140,17 +140,28 @@ class IndexWriter:
         return len(places)
 
     @_in_turn
+    def set_bundle(self, bundle: str) -> None:
+        """Say where the model's bundle is, for the search command."""
+        with self._catalogue.writing():
+            self._catalogue.set_about("bundle", bundle)
+        self.about["bundle"] = bundle
+
+    @_in_turn
     def compact(self, segment_bytes: int = SEGMENT_BYTES) -> int:
-        """Merge small segments, drop dead rows, and return the number of segments that were rewritten.
+        """Merge all small segments, drop all dead rows, and return the number of segments that were rewritten.
 
         Raises:
             BundleError: a segment to be rewritten is damaged. The index is left as it was.
         """
-        rewritten: list[SegmentRow] = []
-        for batch in self._batches(segment_bytes):
-            self._merge(batch)
-            rewritten += batch
-        return len(rewritten)
+        return self._merge_all(self._batches(segment_bytes))
+
+    @_in_turn
+    def tidy(self, segment_bytes: int = SEGMENT_BYTES) -> int:
+        """`compact` as far as it costs no more than what was added or deleted since; see `_tiers`.
+
+        What an HNSW graph was built from outlasts small additions so.
+        """
+        return self._merge_all(self._tiers(segment_bytes))
 
     @_in_turn
     def build_ann(
@@ -194,6 +205,31 @@ class IndexWriter:
             batches[-1].append(row)
             size += weight
         return [batch for batch in batches if len(batch) > 1 or any(row.dead for row in batch)]
+
+    def _tiers(self, segment_bytes: int) -> list[list[SegmentRow]]:
+        """Segments to merge into one each: the smallest, where the largest of them is no larger than the others together.
+
+        So a merge at least doubles the segment that an item is in, and what is left at least doubles from one segment to
+        the next. Adding n items in any portions rewrites each of them log2(n) times at most and leaves log2(n) + 1 segments
+        (and 4 for each `segment_bytes`, which no merge exceeds). A segment by itself is rewritten when half of it is dead:
+        each deletion then pays for one item, and the dead take no more space than the living.
+        """
+        rest = sorted(self._catalogue.segments(), key=lambda row: row.alive.sum())
+        batches: list[list[SegmentRow]] = []
+        while rest:
+            sizes = np.array([row.alive.sum() for row in rest])
+            totals = sizes.cumsum()
+            fit = (sizes[1:] <= totals[:-1]) & (totals[1:] * self.layout.item_bytes <= segment_bytes)
+            count = int(np.flatnonzero(fit).max(initial=-1)) + 2
+            if count > 1 or rest[0].items >= 2 * sizes[0]:
+                batches.append(rest[:count])
+            rest = rest[count:]
+        return batches
+
+    def _merge_all(self, batches: Sequence[Sequence[SegmentRow]]) -> int:
+        for batch in batches:
+            self._merge(batch)
+        return sum(map(len, batches))
 
     def _merge(self, batch: Sequence[SegmentRow]) -> None:
         folder = self.folder / SEGMENTS

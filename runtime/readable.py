@@ -23,20 +23,31 @@ def encode_readable(
 ) -> tuple[list[int], Floats]:
     """Embeddings (n, r, d) of those inputs that can be encoded, and their places among ``inputs``.
 
-    The others (no readable image, too long and thin, no text at all) are left out, each with a warning that has its name.
-    They are looked for one by one only when a batch fails.
+    The others (no readable image, too long and thin, no text at all, a file's name that is not Unicode and so no id) are left
+    out, each with a warning that has its name. They are looked for one by one only when a batch fails.
 
     Args:
         encode: `Encoder.encode_queries` or `Encoder.encode_candidates`.
         budget: one that its bundle serves.
     """
     try:
+        if not all(map(is_unicode, names)):
+            raise UsageError("its name is not valid Unicode")
         texts, images = zip(*inputs, strict=True)
         return list(range(len(inputs))), encode(texts, images=images, budget=budget)
     except UsageError as error:
         if len(inputs) == 1:
-            log.warning("%s is left out: %s", names[0], error)
+            log.warning("%s is left out: %s", names[0].encode(errors="backslashreplace").decode(), error)
             return [], np.empty((0, 0, 0), np.float32)
     alone = [encode_readable(encode, [pair], budget, names=[name]) for pair, name in zip(inputs, names, strict=True)]
     kept = [place for place, (places, _) in enumerate(alone) if places]
     return kept, np.concatenate([alone[place][1] for place in kept] or [alone[0][1]])
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a name can be an id: one that is not valid in the file system's encoding holds halves of characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,12 +17,13 @@ from .index import Hit
 from .maxsim import maxsim
 from .readable import encode_readable
 
-log = logging.getLogger(__name__)
 BATCH = 64
 
 
 def find_images(folder: Path) -> list[Path]:
     """Files of the folder and its subfolders with an image's suffix, sorted by path; links to folders are not followed.
+
+    Broken links and names that are not Unicode are among them, for `encode_readable` to name.
 
     Raises:
         UsageError: there is none, or a subfolder cannot be read.
@@ -32,9 +32,7 @@ def find_images(folder: Path) -> list[Path]:
         raise UsageError(f"{folder} is no folder; --images takes a folder of image files")
     Image.init()
     files = (Path(place, name) for place, _, names in os.walk(folder, onerror=_refuse) for name in names)
-    found = sorted(
-        path for path in files if path.suffix.lower() in Image.EXTENSION and path.is_file() and _is_text(path)
-    )
+    found = sorted(path for path in files if path.suffix.lower() in Image.EXTENSION)
     if not found:
         raise UsageError(f"{folder} holds no image files")
     return found
@@ -42,16 +40,6 @@ def find_images(folder: Path) -> list[Path]:
 
 def _refuse(error: OSError) -> None:
     raise UsageError(f"{error.filename} cannot be read ({error.strerror}); nothing of it would be found") from error
-
-
-def _is_text(path: Path) -> bool:
-    """Whether a name can be an id: one that is not valid in the file system's encoding is left out."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        log.warning("left out: %r: its name is not valid Unicode", str(path))
-        return False
-    return True
 
 
 def rank_images(
@@ -63,8 +51,8 @@ def rank_images(
     budget: Budget,
     k: int,
     track: Callable[[Any], Iterable[Any]] = iter,
-) -> list[Hit]:
-    """The k best of the images for a text, an image or both. Files that are no readable images are left out, and named.
+) -> tuple[list[Hit], int]:
+    """The k best of the images for a text, an image or both, and how many are left out: no readable images, each named.
 
     Raises:
         UsageError: an empty query, k below 1, or no readable image.
@@ -85,4 +73,5 @@ def rank_images(
     if not kept:
         raise UsageError("none of the image files can be read")
     best = np.argsort(-np.array(scores), kind="stable")[:k]
-    return [Hit(rank, str(kept[place]), scores[place]) for rank, place in enumerate(best, start=1)]
+    hits = [Hit(rank, str(kept[place]), scores[place]) for rank, place in enumerate(best, start=1)]
+    return hits, len(paths) - len(kept)

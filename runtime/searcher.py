@@ -12,6 +12,7 @@ from typing import Any
 
 from .budget import Budget
 from .cascade import AnyStage, Stage, check_approximate, check_cascade, check_count
+from .command import counted
 from .encoder import Encoder, ImageSource
 from .errors import UsageError
 from .graph_maxsim import Scorer
@@ -77,7 +78,7 @@ class Searcher:
                 self._how.append(f"first {hold} vectors held in memory")
             self._stack = stack.pop_all()
         default = "" if cascade else "default "
-        stages = f"{len(self.index)} items, {default}cascade {' '.join(map(str, self.cascade))}"
+        stages = f"{counted(len(self.index), 'item')}, {default}cascade {' '.join(map(str, self.cascade))}"
         self.description = ", ".join([stages, *self._how, self.encoder.description])
 
     def search(self, text: str | None, image: ImageSource | None) -> list[Hit]:

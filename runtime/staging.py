@@ -50,7 +50,9 @@ def _check_writable(output: Path) -> None:
 
 def _check_replaceable(output: Path, *, force: bool) -> None:
     check_name(output)
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
+    if output.is_symlink():
+        raise UsageError(f"{output} is a link, which is not replaced; choose another output with -o")
+    if output.exists() and not output.is_dir():
         raise UsageError(f"{output} exists and is not a folder; choose another output with -o")
     if not output.exists():
         return

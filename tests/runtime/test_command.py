@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,6 +85,30 @@ def test_sigterm_cleans_up_as_an_interrupt_does():
         out, error = process.communicate(timeout=30)
     assert (process.returncode, out) == (143, "cleaned up\n")
     assert error == "metaembed-x: interrupted; nothing half-written was left\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_that_a_library_makes_an_error_of_is_one(
+    capsys: pytest.CaptureFixture[str], number: int, code: int
+):
+    """As onnxruntime does, interrupted in its import: "onnxruntime cannot be loaded (initialization failed)"."""
+    parser = Parser(prog="metaembed-x", description="x")
+    parser.add_common()
+
+    def work(_: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise BundleError("the library cannot be loaded") from None
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert run_command(parser, work, []) == code
+        assert capsys.readouterr().err == "metaembed-x: interrupted; nothing half-written was left\n"
+        assert finish(BundleError("broken file")) == 1  # the next command's own
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def test_success_is_zero_and_silent(capsys: pytest.CaptureFixture[str]):

@@ -162,6 +162,19 @@ def test_unreadable_sources_are_one_sentence_that_names_the_file(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_what_is_no_file_is_called_what_it_is(tmp_path):
+    """A pipe that is there was called missing."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "broken").symlink_to("nowhere")
+    (tmp_path / "to a pipe").symlink_to("pipe")
+    said = {"folder": "a folder", "pipe": "no file but a pipe, ", "broken": "a broken link",
+            "to a pipe": "no file but a pipe, ", "nowhere": "missing"}  # fmt: skip
+    for name, what in said.items():
+        with pytest.raises(UsageError, match=f"/{name} is {what}"):
+            load_image(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("script.png", "PostScript"), ("bomb.png", "more pixels than is safe"), ("cut.jpg", "truncated")],

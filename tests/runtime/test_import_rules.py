@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("runtime", "export", "calibration", "bench")
+PACKAGES = ("runtime", "export", "calibration", "bench", "commands")
 RUNTIME_MAY_IMPORT = {"numpy", "ml_dtypes", "safetensors", "PIL", "tokenizers", "tqdm", "metaembed"}
 ONE_FILE_EACH = {"onnxruntime": "session_ort.py", "tensorrt": "session_trt.py", "tensorrt_rtx": "session_trt.py",
                  "usearch": "ann_usearch.py"}  # fmt: skip
@@ -76,6 +76,12 @@ def test_packages_import_runtime_and_no_other(package: str):
         and not (path.name.startswith("cli") and package != "runtime")
     }
     assert not wrong
+
+
+def test_the_way_in_imports_nothing_slow():
+    """An interrupt is a sentence only once `metaembed.commands` has been imported."""
+    names = {name for path in sources("commands") for name in imported(path, "commands")}
+    assert {top(name) for name in names} <= sys.stdlib_module_names
 
 
 def test_no_package_imports_a_heavy_one_of_itself():

@@ -131,7 +131,7 @@ def test_a_disk_too_full_to_merge_on_is_no_failure(demo_bundle, data, tmp_path, 
     def full(_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("metaembed.runtime.index_writer.IndexWriter.compact", full)
+    monkeypatch.setattr("metaembed.runtime.index_writer.IndexWriter.tidy", full)
     assert cli_index.main([str(demo_bundle), "--data", str(data), "-o", str(tmp_path / "index")]) == 0
     assert "all is stored, but not merged" in caplog.text
     assert "4 items added" in capsys.readouterr().out
@@ -151,6 +151,61 @@ def test_a_bundle_that_moved_is_asked_for(demo_bundle, data, tmp_path, capsys):
     moved.rename(tmp_path / "elsewhere")
     assert "say where by --bundle" in refused(capsys, cli_search.main, tmp_path / "index", "a red star")
     assert len(searched(capsys, tmp_path / "index", "a red star", "--bundle", tmp_path / "elsewhere")) == 4
+
+
+@pytest.mark.parametrize(("flag", "added"), [("--resume", 0), ("--resume", 1), ("--update", 4)])
+def test_the_place_of_a_bundle_that_moved_is_kept_by_the_next_run(demo_bundle, data, tmp_path, capsys, flag, added):
+    """Whether or not it has anything to add; then a plain search finds the model again."""
+    moved = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    pages = shutil.copytree(data, tmp_path / "pages")
+    command = ["--data", str(pages), "-o", str(tmp_path / "index")]
+    assert cli_index.main([str(moved), *command, "--quiet"]) == 0
+    moved.rename(tmp_path / "elsewhere")
+    if added == 1:
+        shutil.copy(pages / "0.png", pages / "new.png")
+    capsys.readouterr()
+    assert cli_index.main([str(tmp_path / "elsewhere"), *command, flag]) == 0
+    assert f"{added} item" in capsys.readouterr().out
+    assert len(searched(capsys, tmp_path / "index", "a red star")) == (5 if added == 1 else 4)
+    with Index.open(tmp_path / "index") as index:
+        assert (index.bundle, index.verify()) == (str(tmp_path / "elsewhere"), [])
+
+
+def test_a_bundle_that_is_refused_is_not_kept(demo_bundle, data, tmp_path, capsys):
+    """Another model's, and one that an option contradicts."""
+    moved = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    with Index.open(_indexed(demo_bundle, data, tmp_path / "index")) as index:
+        refused(capsys, cli_index.main, moved, "--data", data, "-o", tmp_path / "index", "--resume", "--budget", 3)
+        Index.create(tmp_path / "other", index.layout, fingerprint="another", bundle=index.bundle)
+        assert Index.open(tmp_path / "index").bundle == str(demo_bundle)
+    refused(capsys, cli_index.main, moved, "--data", data, "-o", tmp_path / "other", "--resume")
+    assert Index.open(tmp_path / "other").bundle == str(demo_bundle)
+
+
+def test_an_index_that_names_no_bundle_is_not_said_to_have_lost_it(demo_bundle, index, tmp_path, capsys):
+    """Indexes made by the API; the sentence was "was made with ., which is no longer there"."""
+    with Index.open(index) as made:
+        layout, fingerprint = made.layout, made.fingerprint
+    Index.create(tmp_path / "nameless", layout, fingerprint=fingerprint)
+    Index.create(tmp_path / "unknown", layout)
+    search = (cli_search.main, tmp_path / "nameless", "a")
+    assert refused(capsys, *search) == (f"metaembed-search: {tmp_path}/nameless does not name the bundle that it was made "
+                                        "with; say where by --bundle DIR\n")  # fmt: skip
+    assert searched(capsys, tmp_path / "nameless", "a", "--bundle", demo_bundle) == []
+    assert "does not say which model" in refused(
+        capsys, cli_search.main, tmp_path / "unknown", "a", "--bundle", demo_bundle
+    )
+
+
+def test_one_item_is_not_called_items(demo_bundle, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text('{"id": "a", "text": "b"}')
+    assert cli_search.main([str(_indexed(demo_bundle, tmp_path / "data.jsonl", tmp_path / "index")), "b"]) == 0
+    assert "\n1 item, default cascade" in capsys.readouterr().out
+
+
+def _indexed(bundle, data, folder):
+    assert cli_index.main([str(bundle), "--data", str(data), "-o", str(folder), "--quiet"]) == 0
+    return folder
 
 
 def test_an_id_cannot_pass_for_output(demo_bundle, tmp_path, capsys):
@@ -357,13 +412,30 @@ def test_an_empty_folder_becomes_the_index(demo_bundle, data, tmp_path):
     assert cli_index.main(command) == 0
 
 
-def test_a_file_whose_name_is_not_unicode_is_left_out_alone(demo_bundle, data, tmp_path, capsys, caplog):
+def test_broken_links_and_names_that_are_not_unicode_are_named_and_counted(demo_bundle, data, tmp_path, capsys, caplog):
+    """Of four images one is sound; what is left out was neither counted nor, of a link, named."""
     shutil.copytree(data, tmp_path / "data")
     os.rename(tmp_path / "data/0.png", os.fsencode(tmp_path / "data") + b"/\xff.png")
+    for name, to in ((1, "nowhere"), (2, "2.png")):
+        (tmp_path / f"data/{name}.png").unlink()
+        (tmp_path / f"data/{name}.png").symlink_to(to)
     command = [str(demo_bundle), "--data", str(tmp_path / "data"), "-o", str(tmp_path / "index")]
-    assert cli_index.main(command) == 0
-    assert "3 items added" in capsys.readouterr().out
-    assert "not valid Unicode" in caplog.text
+    for flags, added, known in (([], 1, 0), (["--resume"], 0, 1), (["--update"], 1, 0)):
+        caplog.clear()
+        assert cli_index.main([*command, *flags]) == 1
+        out = capsys.readouterr().out
+        assert f"{added} item{'' if added == 1 else 's'} added" in out
+        assert f"{known} were there, 3 unreadable" in out
+        assert "\\udcff.png is left out: its name is not valid Unicode" in caplog.text
+        assert all(
+            f"{name}.png is left out: {tmp_path}/data/{name}.png is a broken link" in caplog.text for name in (1, 2)
+        )
+    caplog.clear()
+    assert cli_search.main([str(demo_bundle), "a red star", "--images", str(tmp_path / "data")]) == 1
+    out = capsys.readouterr().out
+    assert "3.png" in out
+    assert "4 images, 3 unreadable" in out
+    assert sum("is left out" in message for message in caplog.messages) == 3
 
 
 def test_a_folder_that_cannot_be_read_stops_the_run(monkeypatch, tmp_path):

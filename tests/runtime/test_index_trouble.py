@@ -118,6 +118,16 @@ def test_a_segment_that_is_left_out_is_named_with_what_it_held(tmp_path, caplog)
     assert f"with its 5 items: {path} is missing" in caplog.text
 
 
+@pytest.mark.parametrize("skip_damaged", [False, True])
+def test_a_compaction_while_an_index_is_opened_is_no_damage(tmp_path, monkeypatch, caplog, skip_damaged):
+    """Between the reading of the catalogue and of the files; "is missing; restore it" was logged of a segment merged since."""
+    folder = filled(tmp_path / "index")
+    monkeypatch.setattr(Index, "_open_segment", once(lambda: compact(folder), Index._open_segment))
+    with caplog.at_level(logging.WARNING, "metaembed"), Index.open(folder, skip_damaged=skip_damaged) as index:
+        assert (len(index), len(index.snapshot().parts), index.snapshot().damaged) == (20, 1, ())
+    assert caplog.messages == []
+
+
 def test_a_missing_segment_of_which_nothing_is_alive_stops_nothing(tmp_path):
     """So that indexing its items again mends an index, as the sentence about a missing segment says."""
     folder = filled(tmp_path / "index")

@@ -146,15 +146,17 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path, force: boo
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link", "link to an empty folder"])
 def test_files_and_links_are_never_replaced(tmp_path: Path, kind: str):
     output = tmp_path / "out"
     make_bundle(tmp_path / "real")
     if kind == "file":
         output.write_text("precious")
     else:
-        output.symlink_to(tmp_path / ("real" if kind == "link" else "nowhere"))
-    with pytest.raises(UsageError, match="not a folder"), staged_folder(output, force=True):
+        (tmp_path / "empty").mkdir()
+        output.symlink_to(tmp_path / {"link": "real", "dangling link": "nowhere"}.get(kind, "empty"))
+    says = "exists and is not a folder" if kind == "file" else "is a link"
+    with pytest.raises(UsageError, match=says), staged_folder(output, force=True):
         pytest.fail("the work must not begin")
     assert os.path.lexists(output)
     assert content(tmp_path / "real") == "old"

@@ -132,7 +132,10 @@ class AnnStage:
                         if self._catalogue.about().get(KEY, "") == text:
                             raise
                         continue  # another graph took its place between the two reads
-                return self._opened
+                record, graph = self._opened
+                if graph.is_cut_short():
+                    raise BundleError(f"{self._folder / record.name} was cut short; {_rebuild(self._folder)}")
+                return record, graph
 
 
 def read_record(folder: Path, catalogue: Catalogue) -> AnnRecord | None:

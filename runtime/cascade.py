@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .budget import Budget
-from .errors import MetaEmbedError, UsageError
+from .budget import Budget, is_whole
+from .errors import BundleError, MetaEmbedError, UsageError
 from .index import Hit, Index, Part, Snapshot
 from .index_device import DeviceGroups
 from .index_filter import parse_filters
@@ -61,7 +61,7 @@ class Stage:
             return value
         if isinstance(value, str):
             return cls.parse(value)
-        if isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(map(_is_whole, value)):
+        if isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(map(is_whole, value)):
             query, candidate, *keep = map(int, value)
             return cls(Budget(query, candidate), *keep)
         raise UsageError(f'{value!r} is no stage of a cascade; write (1, 1, 1000), "1,1:1000", or a Stage')
@@ -101,10 +101,9 @@ def search_index(
     approximate: bool = False,
 ) -> list[Hit]:
     """See `Index.search`."""
-    if not _is_whole(k) or k < 1:
+    if not is_whole(k) or k < 1:
         raise UsageError(f"the best {k!r} were asked for; k is a whole number from 1 on")
-    if isinstance(where, str) or not all(isinstance(condition, str) for condition in where):
-        raise UsageError(f'conditions are a list of texts, ["year>=2020"], not {where!r}')
+    where = _conditions(where)
     given = None if cascade is None else _stages(cascade)
     queries, _ = prepare(query, np.zeros((0, 1, index.layout.dims), np.float32), None)
     if len(queries) != 1:
@@ -129,8 +128,11 @@ def _stages(cascade: object) -> list[Stage]:
     return [Stage.of(cascade)]
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+def _conditions(where: object) -> list[str]:
+    conditions: list[Any] = list(where) if isinstance(where, Iterable) and not isinstance(where, str) else [None]
+    if not all(isinstance(condition, str) for condition in conditions):
+        raise UsageError(f'conditions are a list of texts, ["year>=2020"], not {where!r}')
+    return conditions
 
 
 def check_cascade(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import as_array
 from .errors import UsageError
 
 LARGEST_CODE = 127
@@ -28,6 +29,11 @@ class Int8Vectors:
     def __post_init__(self) -> None:
         if self.codes.dtype != np.int8 or self.scales.dtype != np.float32:
             raise UsageError(
+        for part in (self.codes, self.scales):
+            if not isinstance(part, np.ndarray) or isinstance(part, np.ma.MaskedArray):
+                raise UsageError(
+                    f"int8 vectors need codes and scales as plain numpy arrays, not a {type(part).__name__}"
+                )
                 f"int8 vectors need int8 codes and float32 scales, not {self.codes.dtype}, {self.scales.dtype}"
             )
         if self.codes.ndim != 3 or self.scales.shape != self.codes.shape[:2]:
@@ -44,7 +50,7 @@ class Int8Vectors:
 
 def quantize_int8(embeddings: NDArray[Any]) -> Int8Vectors:
     """Round (n, r, d) floats to Int8Vectors, symmetrically, each vector by its own largest magnitude."""
-    values = np.asarray(embeddings, np.float32)
+    values = as_array(embeddings, "embeddings").astype(np.float32, copy=False)
     largest = np.abs(values).max(axis=-1, initial=0.0)
     if not np.isfinite(largest).all():
         raise UsageError("embeddings hold a NaN or infinite value; int8 codes cannot express it")

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from . import maxsim_native
+from .arrays import BFLOAT16, as_array
 from .budget import Budget
 from .errors import UsageError
 from .int8 import Int8Vectors, dequantize_int8
@@ -20,7 +20,6 @@ from .int8 import Int8Vectors, dequantize_int8
 Floats: TypeAlias = NDArray[np.float32]
 Vectors: TypeAlias = "NDArray[Any] | Int8Vectors"
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT_TYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16, np.dtype(np.float64))
 # Floats in one tile of converted candidates, and in one tile of similarities: 4 MiB each, whatever the number of items.
 TILE_FLOATS = 1 << 20
@@ -122,7 +121,7 @@ def as_float32(candidates: Vectors, items: slice | NDArray[np.int64]) -> Floats:
 
 
 def _checked(vectors: NDArray[Any], side: str) -> NDArray[Any]:
-    vectors = np.asarray(vectors)
+    vectors = as_array(vectors, side)
     if vectors.dtype not in FLOAT_TYPES:
         names = ", ".join(str(known) for known in FLOAT_TYPES)
         raise UsageError(f"{side} are {vectors.dtype}; MaxSim takes {names}, or Int8Vectors")

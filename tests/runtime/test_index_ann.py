@@ -381,8 +381,14 @@ def test_wrong_requests_are_refused(filled, query, tmp_path):
                 index.search(query, K, cascade=cascade, approximate=True)
     with Index.open(folder, shard=(0, 2)) as index, pytest.raises(UsageError, match="not of a shard"):
         index.search(query, K, cascade=ONE, approximate=True)
-    for wrong in ({"connectivity": 1}, {"connectivity": 257}, {"expansion_add": 0}):
-        with pytest.raises(UsageError, match="2 to 256"):
+    for wrong in (
+        {"connectivity": 1},
+        {"connectivity": 257},
+        {"expansion_add": 0},
+        {"connectivity": 32.5},
+        {"connectivity": "x"},
+    ):
+        with pytest.raises(UsageError, match="whole numbers, 2 to 256"):
             build(folder, **wrong)
     Index.create(tmp_path / "empty", Layout.for_vectors(D, R))
     with pytest.raises(UsageError, match="holds no items"):

@@ -1,6 +1,7 @@
 """MaxSim against float64 brute force, written as the formula reads."""
 
 import importlib
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -103,6 +104,32 @@ def test_int8_codes_are_within_half_a_step():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_int8_codes_of_denormal_numbers_are_within_half_a_step():
+    """Float64 over whole multiples of the smallest number, 2**-149, from where a scale would round to 0 to where it is normal."""
+    unit_ = 2.0**-149
+    for largest in (np.arange(1, 50_000), np.arange(2**29, 2**31, 2**20)):
+        vectors = np.stack([largest, -largest, largest // 3, largest // 254, 0 * largest], axis=-1) * unit_  # (n, d)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            quantized = quantize_int8(vectors[:, None].astype(np.float32))
+        codes, scales = quantized.codes[:, 0].astype(np.float64), quantized.scales.astype(np.float64)
+        values = vectors.astype(np.float32).astype(np.float64)
+        ideal = np.abs(values).max(axis=-1, keepdims=True) / 127
+        assert (np.abs(codes) <= 127).all()
+        assert (np.sign(codes[:, :2]) == [1, -1]).all()
+        assert (codes * values >= 0).all()
+        assert (np.abs(scales - ideal) < np.maximum(1.01 * unit_, ideal * 2.0**-23)).all()
+        assert (np.abs(codes * scales - values) <= scales / 2 * (1 + 1e-5)).all()
+
+
+@pytest.fixture(params=["kernels", "numpy"])
+def path(request, monkeypatch):
+    """Both ways to a score; the first is numpy's too where there are no kernels."""
+    if request.param == "numpy":
+        monkeypatch.setattr(maxsim_native, "library", lambda: None)
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("side", ["queries", "candidates"])
 def test_a_value_that_is_not_finite_is_refused(value, side):
     """Minus infinity would hide behind the maximum; it is named all the same."""

@@ -23,7 +23,7 @@ from .index import Hit, Index, Part, Snapshot
 from .index_device import DeviceGroups
 from .index_filter import parse_filters
 from .index_segment import Rows
-from .maxsim import Floats, prepare, score_parts
+from .maxsim import Floats, not_finite, prepare, score_parts
 from .screen import may_be_best
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def _search(
         keep = k if stage is stages[-1] else stage.keep or k
         chosen = pool if scored is None else scored.positions
         pieces = _score(index, snapshot, queries[:, : stage.budget.query], stage.budget.candidate, chosen, keep)
-        scored = _best(index, snapshot, pieces, keep)
+        scored = None if pieces is None else _best(index, snapshot, pieces, keep)
         if scored is None:
             return None
     return [] if scored is None else _hits(index, snapshot, scored)
@@ -198,8 +198,11 @@ def _search(
 
 def _score(
     index: Index, snapshot: Snapshot, queries: Floats, vectors: int, pool: Rows | None, keep: int
-) -> list[_Scored]:
-    """Score the living items of a pool (None: all), and keep what may be among the best, from every part."""
+) -> list[_Scored] | None:
+    """Score the living items of a pool (None: all), and keep what may be among the best, from every part.
+
+    None when an item that a sentence is to name was compacted away meanwhile. UsageError: a similarity is NaN or infinite.
+    """
     queries = np.ascontiguousarray(queries)
     work = list(_choose(index, snapshot, queries, vectors, pool, keep))
     device = _device(index, vectors)
@@ -208,10 +211,17 @@ def _score(
     ]
     found = iter(score_parts(queries, near))
     scored = [device.scores(queries, part.segment) if device and whole else next(found) for part, _, whole in work]
-    return [
-        _contenders(part, rows, scores[0][rows] if whole else scores[0], keep)
-        for (part, rows, whole), scores in zip(work, scored, strict=True)
-    ]
+    pieces: list[_Scored] = []
+    for (part, rows, whole), scores in zip(work, scored, strict=True):
+        living = scores[0][rows] if whole else scores[0]
+        finite = np.isfinite(living)
+        if not finite.all():
+            name = _name(index, snapshot, part, rows[np.argmin(finite)])
+            if name is None:
+                return None
+            raise not_finite(name)
+        pieces.append(_contenders(part, rows, living, keep))
+    return pieces
 
 
 def _device(index: Index, vectors: int) -> DeviceGroups | None:
@@ -272,6 +282,15 @@ def _damaged(index: Index, part: Part, vectors: int, rows: Rows | None) -> Rows:
             raise part.segment.damage(damaged)
         log.warning("left out: %s", part.segment.damage(damaged))
     return damaged
+
+
+def _name(index: Index, snapshot: Snapshot, part: Part, row: int) -> str | None:
+    """An item in a sentence: by its id, or by its row where the catalogue is damaged there; None as of `Index.describe`."""
+    try:
+        described = index.describe(snapshot, np.array([part.start + row]))
+    except BundleError:
+        return f"row {row} of {part.segment.path}"
+    return f"item {described[0][0]!r}" if described else None
 
 
 def _contenders(part: Part, rows: Rows, scores: Floats, keep: int) -> _Scored:

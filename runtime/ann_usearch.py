@@ -54,6 +54,10 @@ class Graph:
         with _sentences("usearch refuses the HNSW graph"):
             self._graph.view(memoryview(mapped))
 
+    def is_cut_short(self) -> bool:
+        """Whether the file has lost its end since it was mapped; a walk that reads there would end the process (SIGBUS)."""
+        return self._mapped.size() < len(self._mapped)
+
     def search(self, query: Floats, count: int) -> Keys:
         """Keys of about the best `count` for a query (d,); fewer where the graph does not lead to so many."""
         with self._turn, _sentences("the HNSW graph could not be searched"):

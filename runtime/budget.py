@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 
 from .errors import UsageError
 
@@ -12,18 +13,27 @@ from .errors import UsageError
 TRAINED_GROUPS = ((1, 1), (2, 4), (4, 8), (8, 16), (16, 64))
 
 
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, Python's or numpy's. Truth values are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True, order=True)
 class Budget:
     """A pair (r_q, r_c): the number of query and of candidate vectors, written ``8,16``.
 
     Raises:
-        UsageError: a side is below 1.
+        UsageError: a side is no whole number, or below 1.
     """
 
     query: int
     candidate: int
 
     def __post_init__(self) -> None:
+        if not is_whole(self.query) or not is_whole(self.candidate):
+            raise UsageError(
+                f"budget ({self.query!r}, {self.candidate!r}) is not two whole numbers, for example Budget(8, 16)"
+            )
         if self.query < 1 or self.candidate < 1:
             raise UsageError(f"budget {self} needs at least one vector on each side")
 

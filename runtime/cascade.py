@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .budget import Budget
-from .errors import MetaEmbedError, UsageError
+from .budget import Budget, is_whole
+from .errors import BundleError, MetaEmbedError, UsageError
 from .index import Hit, Index, Part, Snapshot
 from .index_device import DeviceGroups
 from .index_filter import parse_filters
 from .index_segment import Rows
-from .maxsim import Floats, prepare, score_parts
+from .maxsim import Floats, not_finite, prepare, score_parts
 from .screen import may_be_best
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Stage:
             return value
         if isinstance(value, str):
             return cls.parse(value)
-        if isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(map(_is_whole, value)):
+        if isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(map(is_whole, value)):
             query, candidate, *keep = map(int, value)
             return cls(Budget(query, candidate), *keep)
         raise UsageError(f'{value!r} is no stage of a cascade; write (1, 1, 1000), "1,1:1000", or a Stage')
@@ -102,8 +102,7 @@ def search_index(
 ) -> list[Hit]:
     """See `Index.search`."""
     check_count(k)
-    if isinstance(where, str) or not all(isinstance(condition, str) for condition in where):
-        raise UsageError(f'conditions are a list of texts, ["year>=2020"], not {where!r}')
+    where = _conditions(where)
     given = None if cascade is None else _stages(cascade)
     queries, _ = prepare(query, np.zeros((0, 1, index.layout.dims), np.float32), None)
     if len(queries) != 1:
@@ -128,13 +127,16 @@ def _stages(cascade: object) -> list[Stage]:
     return [Stage.of(cascade)]
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+def _conditions(where: object) -> list[str]:
+    conditions: list[Any] = list(where) if isinstance(where, Iterable) and not isinstance(where, str) else [None]
+    if not all(isinstance(condition, str) for condition in conditions):
+        raise UsageError(f'conditions are a list of texts, ["year>=2020"], not {where!r}')
+    return conditions
 
 
 def check_count(k: Any) -> None:
     """A UsageError unless k is a number of results."""
-    if not _is_whole(k) or k < 1:
+    if not is_whole(k) or k < 1:
         raise UsageError(f"the best {k!r} were asked for; k is a whole number from 1 on")
 
 
@@ -194,7 +196,7 @@ def _search(
         keep = k if stage is stages[-1] else stage.keep or k
         chosen = pool if scored is None else scored.positions
         pieces = _score(index, snapshot, queries[:, : stage.budget.query], stage.budget.candidate, chosen, keep)
-        scored = _best(index, snapshot, pieces, keep)
+        scored = None if pieces is None else _best(index, snapshot, pieces, keep)
         if scored is None:
             return None
     return [] if scored is None else _hits(index, snapshot, scored)
@@ -202,8 +204,11 @@ def _search(
 
 def _score(
     index: Index, snapshot: Snapshot, queries: Floats, vectors: int, pool: Rows | None, keep: int
-) -> list[_Scored]:
-    """Score the living items of a pool (None: all), and keep what may be among the best, from every part."""
+) -> list[_Scored] | None:
+    """Score the living items of a pool (None: all), and keep what may be among the best, from every part.
+
+    None when an item that a sentence is to name was compacted away meanwhile. UsageError: a similarity is NaN or infinite.
+    """
     queries = np.ascontiguousarray(queries)
     work = list(_choose(index, snapshot, queries, vectors, pool, keep))
     device = _device(index, vectors)
@@ -212,10 +217,17 @@ def _score(
     ]
     found = iter(score_parts(queries, near))
     scored = [device.scores(queries, part.segment) if device and whole else next(found) for part, _, whole in work]
-    return [
-        _contenders(part, rows, scores[0][rows] if whole else scores[0], keep)
-        for (part, rows, whole), scores in zip(work, scored, strict=True)
-    ]
+    pieces: list[_Scored] = []
+    for (part, rows, whole), scores in zip(work, scored, strict=True):
+        living = scores[0][rows] if whole else scores[0]
+        finite = np.isfinite(living)
+        if not finite.all():
+            name = _name(index, snapshot, part, rows[np.argmin(finite)])
+            if name is None:
+                return None
+            raise not_finite(name)
+        pieces.append(_contenders(part, rows, living, keep))
+    return pieces
 
 
 def _device(index: Index, vectors: int) -> DeviceGroups | None:
@@ -276,6 +288,15 @@ def _damaged(index: Index, part: Part, vectors: int, rows: Rows | None) -> Rows:
             raise part.segment.damage(damaged)
         log.warning("left out: %s", part.segment.damage(damaged))
     return damaged
+
+
+def _name(index: Index, snapshot: Snapshot, part: Part, row: int) -> str | None:
+    """An item in a sentence: by its id, or by its row where the catalogue is damaged there; None as of `Index.describe`."""
+    try:
+        described = index.describe(snapshot, np.array([part.start + row]))
+    except BundleError:
+        return f"row {row} of {part.segment.path}"
+    return f"item {described[0][0]!r}" if described else None
 
 
 def _contenders(part: Part, rows: Rows, scores: Floats, keep: int) -> _Scored:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .budget import is_whole
 from .errors import BundleError, UsageError
 from .index_ann import AnnStage
 from .index_catalogue import CATALOGUE, Catalogue, SegmentRow
@@ -103,8 +104,9 @@ class Index:
         skip_damaged: bool,
         shard: tuple[int, int],
     ) -> None:
-        if not 0 <= shard[0] < shard[1]:
-            raise UsageError(f"shard {shard} is not (i, of) with i from 0 to of - 1")
+        pair = isinstance(shard, Sequence) and len(shard) == 2 and all(map(is_whole, shard))
+        if not pair or not 0 <= shard[0] < shard[1]:
+            raise UsageError(f"shard {shard!r} is not (i, of) with i from 0 to of - 1")
         self.folder = folder
         self.skip_damaged = skip_damaged
         self._catalogue, self._verify, self._hold, self.shard = catalogue, verify, 0, shard

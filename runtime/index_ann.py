@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .budget import is_whole
 from .errors import BundleError, MetaEmbedError, UsageError
 from .index_catalogue import Catalogue, SegmentRow
 from .index_layout import Layout
@@ -132,7 +133,10 @@ class AnnStage:
                         if self._catalogue.about().get(KEY, "") == text:
                             raise
                         continue  # another graph took its place between the two reads
-                return self._opened
+                record, graph = self._opened
+                if graph.is_cut_short():
+                    raise BundleError(f"{self._folder / record.name} was cut short; {_rebuild(self._folder)}")
+                return record, graph
 
 
 def read_record(folder: Path, catalogue: Catalogue) -> AnnRecord | None:
@@ -182,9 +186,11 @@ def write_ann(
     track: Callable[[Any], Iterable[Any]],
 ) -> AnnRecord:
     """Build the graph of all living items in a new file, durable on return; see `IndexWriter.build_ann`."""
-    if not 2 <= connectivity <= 256 or not 1 <= expansion_add <= 10_000:
+    whole = is_whole(connectivity) and is_whole(expansion_add)
+    if not whole or not 2 <= connectivity <= 256 or not 1 <= expansion_add <= 10_000:
         raise UsageError(
-            f"a graph of connectivity {connectivity} and expansion {expansion_add} cannot be built: 2 to 256 and 1 to 10000"
+            f"a graph of connectivity {connectivity!r} and expansion {expansion_add!r} cannot be built: "
+            "whole numbers, 2 to 256 and 1 to 10000"
         )
     living = [row for row in rows if row.alive.any()]
     if not living:

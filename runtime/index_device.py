@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .graph_maxsim import Placed, Scorer
 from .index_segment import Segment
-from .maxsim import Floats, as_float32, not_finite
+from .maxsim import Floats, as_float32
 
 
 class DeviceGroups:
@@ -50,15 +50,10 @@ class DeviceGroups:
     def scores(self, queries: Floats, segment: Segment) -> Floats:
         """Scores (q, n) of queries (q, r_q, d), rounded to the scorer's type, against all items of a segment.
 
-        Raises:
-            UsageError: a similarity is NaN or infinite.
+        NaN or infinite, not refused, where a similarity is.
         """
         with self._turn:
-            scores = self._scorer.scores(queries, self._place(segment))
-        finite = np.isfinite(scores).all(axis=0)
-        if not finite.all():
-            raise not_finite(int(np.argmin(finite)))
-        return scores
+            return self._scorer.scores(queries, self._place(segment))
 
     def keep(self, segments: Container[Segment]) -> None:
         """Free the copies of all other segments."""

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import as_array
 from .budget import TRAINED_GROUPS
 from .errors import UsageError
 from .int8 import Int8Vectors, quantize_int8
@@ -81,8 +82,8 @@ class Layout:
         return bisect_left(self.ends, vectors) + 1
 
     def encode(self, embeddings: NDArray[Any]) -> Vectors:
-        """Embeddings (n, r, d) as they are stored; a UsageError names the first item that is not finite."""
-        values = np.asarray(embeddings)
+        """Embeddings (n, r, d) of any real numbers as they are stored; a UsageError names the first item that is not finite."""
+        values = as_array(embeddings, "embeddings")
         if values.ndim != 3 or values.shape[1:] != (self.vectors, self.dims):
             raise UsageError(f"embeddings are {values.shape}; this index takes (items, {self.vectors}, {self.dims})")
         with np.errstate(over="ignore"):

@@ -2,6 +2,10 @@
 
 Every item has a CRC-32 per group. It is checked when the item's group is first read, so a budget touches only its own
 groups, a rescoring only its survivors, and a flipped byte is found before it can change an answer.
+
+A file that is cut short while it is mapped has no pages beyond its new end, and the system ends a process that reads there
+(SIGBUS). So its size is asked for again whenever rows are checked, which is before every scan. What remains is a file that is cut
+short in the middle of a scan, or whose disk fails to give a page.
 """
 
 from __future__ import annotations
@@ -119,7 +123,7 @@ class Segment:
     """A segment opened for reading. The file stays readable after its removal, for as long as this object lives.
 
     Raises:
-        BundleError: the file is missing, cut short, or not the one that was written.
+        BundleError: the file is missing, of another size, or not the one that was written.
     """
 
     def __init__(self, path: Path, layout: Layout, items: int, checksum: int, *, verify: bool = True) -> None:
@@ -128,8 +132,9 @@ class Segment:
         sizes = [dtype.itemsize * int(np.prod(shape, dtype=np.int64)) for _, _, dtype, shape in blocks]
         self._map = _map_file(path)
         self._bytes = np.frombuffer(self._map, np.uint8)
-        if len(self._bytes) != len(header) + sum(sizes):
-            raise BundleError(f"{path} has {len(self._bytes)} bytes instead of {len(header) + sum(sizes)}; restore it")
+        self._size = len(header) + sum(sizes)
+        if len(self._bytes) != self._size:
+            raise self._wrong_size(len(self._bytes))
         starts = len(header) + np.cumsum([0, *sizes])
         self._starts = dict(zip((name for name, *_ in blocks), starts.tolist(), strict=False))
         self._blocks = {
@@ -142,6 +147,7 @@ class Segment:
             raise BundleError(f"{path} is damaged in its header or its table of checksums; restore it")
         self._checked = np.full(self._crcs.shape, not verify)
         self._sound = [not verify] * len(layout.spans)  # groups of which all rows were found good
+        self._held = 0  # groups in memory, from the first one on
 
     def groups(self, vectors: int) -> list[Vectors]:
         """The arrays (items, r, d) that hold the first `vectors` vectors of every item. `check` the rows to be read."""
@@ -154,12 +160,17 @@ class Segment:
         return stored if self.layout.screen and isinstance(stored, Int8Vectors) else None
 
     def check(self, vectors: int, rows: Rows | None = None) -> Rows:
-        """Rows (of those given, or of all) whose first `vectors` vectors do not match their checksums."""
-        damaged = [self._check_group(group, rows) for group in range(self.layout.groups_of(vectors))]
+        """Rows (of those given, or of all) whose first `vectors` vectors do not match their checksums, or cannot be read."""
+        groups = self.layout.groups_of(vectors)
+        if groups > self._held and self._cut_short():
+            return np.arange(self.items) if rows is None else rows
+        damaged = [self._check_group(group, rows) for group in range(groups)]
         return np.unique(np.concatenate(damaged)) if any(map(len, damaged)) else NO_ROWS
 
     def check_screen(self) -> Rows:
-        """Rows whose screen does not match its checksum."""
+        """Rows whose screen does not match its checksum, or cannot be read."""
+        if self.layout.screen and self._cut_short():
+            return np.arange(self.items)
         return self._check_group(len(self.layout.ends), None) if self.layout.screen else NO_ROWS
 
     def hold(self, vectors: int, *, skip_damaged: bool = False) -> None:
@@ -170,19 +181,34 @@ class Segment:
         """
         if len(damaged := self.check(vectors)) and not skip_damaged:
             raise self.damage(damaged)
-        for group in range(self.layout.groups_of(vectors)):
+        if self._cut_short():
+            return  # `check` goes on leaving it out
+        groups = self.layout.groups_of(vectors)
+        for group in range(self._held, groups):
             for name in (f"vectors.{self.layout.name(group)}", f"scales.{self.layout.name(group)}"):
                 if name in self._blocks:
                     self._blocks[name] = self._blocks[name].copy()
             self._groups[group] = self._stored(group)
+        self._crcs = self._crcs.copy()
+        self._held = max(self._held, groups)
 
     def damage(self, rows: Rows) -> BundleError:
-        """The sentence for damaged rows."""
+        """The sentence for rows that `check` found."""
+        if self._cut_short():
+            return self._wrong_size(self._map.size())
         others = f" and {len(rows) - 1} others" if len(rows) > 1 else ""
         return BundleError(f"{self.path} is damaged in row {rows[0]}{others}; restore it, or index its items again")
 
     def _recognise(self, header: bytes, checksum: int) -> bool:
         return zlib.crc32(self._crcs.tobytes(), zlib.crc32(self._bytes[: len(header)].data)) == checksum
+
+    def _cut_short(self) -> bool:
+        return self._map.size() < self._size  # of the open file, wherever its name leads by now
+
+    def _wrong_size(self, size: int) -> BundleError:
+        return BundleError(
+            f"{self.path} has {size} bytes instead of {self._size}; restore it, or index its items again"
+        )
 
     def _check_group(self, group: int, rows: Rows | None) -> Rows:
         if self._sound[group]:

@@ -111,11 +111,11 @@ class IndexWriter:
         if not all(ids) or len(set(ids)) != len(ids):
             raise UsageError("ids are distinct texts, none of them empty")
         payloads = payloads if payloads is not None else [None] * len(ids)
-        if not len(ids) == len(payloads) == len(embeddings):
-            raise UsageError(
-                f"{len(ids)} ids, {len(payloads)} payloads and {len(embeddings)} embeddings do not pair up"
-            )
         stored = self.layout.encode(embeddings)
+        if not len(ids) == len(payloads) == stored.shape[0]:
+            raise UsageError(
+                f"{len(ids)} ids, {len(payloads)} payloads and {stored.shape[0]} embeddings do not pair up"
+            )
         texts = [_payload_text(payload) for payload in payloads]
         replaced = self._alive_places(ids)
         if replaced and not replace:
@@ -296,10 +296,10 @@ class IndexWriter:
 def _plain(ids: Sequence[str]) -> list[str]:
     """Ids as plain texts, whatever kind of str they are (numpy's, an Enum's): the catalogue's checksums cover their form."""
     try:
-        ids = ids if isinstance(ids, str) else list(ids)
-        if isinstance(ids, str) or not all(isinstance(id_, str) for id_ in ids):
+        texts: list[Any] = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else [None]
+        if not all(isinstance(text, str) for text in texts):
             raise UsageError("ids are a list of texts")
-        return [str.__str__(id_).encode().decode() for id_ in ids]
+        return [str.__str__(text).encode().decode() for text in texts]
     except UnicodeEncodeError as error:
         raise UsageError(f"the id {error.object!r} holds half a character; ids are whole Unicode texts") from None
 
@@ -313,5 +313,5 @@ def _payload_text(payload: Mapping[str, Any] | None) -> str | None:
     except RecursionError:
         raise UsageError("a payload is nested too deep for JSON") from None
     except (TypeError, ValueError) as error:
-        raise UsageError(f"a payload is a JSON object; {payload!r} is not ({error})") from None
+        raise UsageError(f"a payload is a JSON object; one that was given is not ({error})") from None
     return text

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from . import maxsim_native
+from .arrays import BFLOAT16, as_array
 from .budget import Budget
 from .errors import UsageError
 from .int8 import Int8Vectors, dequantize_int8
@@ -20,7 +20,6 @@ from .int8 import Int8Vectors, dequantize_int8
 Floats: TypeAlias = NDArray[np.float32]
 Vectors: TypeAlias = "NDArray[Any] | Int8Vectors"
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT_TYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16, np.dtype(np.float64))
 # Floats in one tile of converted candidates, and in one tile of similarities: 4 MiB each, whatever the number of items.
 TILE_FLOATS = 1 << 20
@@ -59,30 +58,33 @@ def score_groups(queries: Floats, groups: Sequence[Vectors], chosen: NDArray[np.
     Raises:
         UsageError: a similarity is NaN or infinite.
     """
-    return score_parts(queries, [(groups, chosen)])[0]
+    (scores,) = score_parts(queries, [(groups, chosen)])
+    finite = np.isfinite(scores).all(axis=0)
+    if not finite.all():
+        raise not_finite(f"candidate {int(np.argmin(finite))}")
+    return scores
 
 
 def score_parts(queries: Floats, parts: Sequence[maxsim_native.Part]) -> list[Floats]:
-    """`score_groups` of several sets of candidates, as fast as if they were one."""
-    if not maxsim_native.can_score([group for groups, _ in parts for group in groups]):
-        return [maxsim_reference(queries, groups, chosen) for groups, chosen in parts]
-    found = maxsim_native.score(queries, parts)
-    for scores in found:
-        finite = np.isfinite(scores).all(axis=0)
-        if not finite.all():
-            raise not_finite(int(np.argmin(finite)))
-    return found
+    """`score_groups` of several sets of candidates, as fast as if they were one.
+
+    Returns:
+        (q, n) for each; NaN or infinite, not refused, where a similarity or the sum is: who asks knows the candidates' names.
+    """
+    if maxsim_native.can_score([group for groups, _ in parts for group in groups]):
+        return maxsim_native.score(queries, parts)
+    return [maxsim_reference(queries, groups, chosen) for groups, chosen in parts]
 
 
 def maxsim_reference(queries: Floats, groups: Sequence[Vectors], chosen: NDArray[np.int64] | None = None) -> Floats:
-    """`score_groups` in plain numpy, one tile of candidates at a time. It judges every faster path."""
+    """One part of `score_parts` in plain numpy, one tile of candidates at a time. It judges every faster path."""
     dims, vectors = queries.shape[2], sum(group.shape[1] for group in groups)
     scores = np.empty((len(queries), groups[0].shape[0] if chosen is None else len(chosen)), np.float32)
     for items in _tiles(scores.shape[1], vectors * dims):
         rows = items if chosen is None else chosen[items]
         tile = np.concatenate([as_float32(group, rows) for group in groups], axis=1)  # (n, r_c, d)
         for some in _tiles(len(queries), queries.shape[1] * tile.shape[0] * tile.shape[1]):
-            scores[some, items] = _score_tile(queries[some], tile, items.start)
+            scores[some, items] = _score_tile(queries[some], tile)
     return scores
 
 
@@ -122,7 +124,7 @@ def as_float32(candidates: Vectors, items: slice | NDArray[np.int64]) -> Floats:
 
 
 def _checked(vectors: NDArray[Any], side: str) -> NDArray[Any]:
-    vectors = np.asarray(vectors)
+    vectors = as_array(vectors, side)
     if vectors.dtype not in FLOAT_TYPES:
         names = ", ".join(str(known) for known in FLOAT_TYPES)
         raise UsageError(f"{side} are {vectors.dtype}; MaxSim takes {names}, or Int8Vectors")
@@ -134,18 +136,17 @@ def _tiles(items: int, floats_per_item: int) -> Iterator[slice]:
     return (slice(start, min(start + step, items)) for start in range(0, items, step))
 
 
-def _score_tile(queries: Floats, tile: Floats, first_item: int) -> Floats:
+def _score_tile(queries: Floats, tile: Floats) -> Floats:
     (q, r_q, d), (n, r_c, _) = queries.shape, tile.shape
     # Candidates in rows: the maximum then runs over an outer axis, which numpy vectorises (the inner one it does not).
     with np.errstate(invalid="ignore", over="ignore"):
         dots = (tile.reshape(n * r_c, d) @ queries.reshape(q * r_q, d).T).reshape(n, r_c, q * r_q)
-    finite = np.isfinite(dots).all(axis=(1, 2))
-    if not finite.all():
-        raise not_finite(first_item + int(np.argmin(finite)))
-    scores: Floats = dots.max(axis=1).reshape(n, q, r_q).sum(axis=2).T  # (q, n)
+        scores: Floats = dots.max(axis=1).reshape(n, q, r_q).sum(axis=2).T  # (q, n)
+    finite = np.isfinite(dots).all(axis=1).reshape(n, q, r_q).all(axis=2).T  # a maximum hides minus infinity
+    scores[~finite] = np.nan
     return scores
 
 
-def not_finite(item: int) -> UsageError:
+def not_finite(item: str) -> UsageError:
     """The refusal that every path gives to NaN and infinity."""
-    return UsageError(f"candidate {item} has a similarity that is NaN or infinite; check the embeddings of both sides")
+    return UsageError(f"{item} has a similarity that is NaN or infinite; check the embeddings of both sides")

@@ -6,7 +6,7 @@ import numpy as np
 
 from .index_segment import Rows
 from .int8 import LARGEST_CODE, Int8Vectors
-from .maxsim import Floats, score_groups
+from .maxsim import Floats, score_parts
 
 UNIT = 2.0**-24  # of a float32 rounding
 QUERY_STEPS = 65278  # a query's largest magnitude over its rounding, where kernels carry it in 16 bits
@@ -26,7 +26,11 @@ def may_be_best(query: Floats, screen: Int8Vectors, rows: Rows, keep: int) -> Ro
         screen: (n, r, d).
         rows: at least `keep` of the n.
     """
-    scores = score_groups(query[None], [screen])[0][rows]
+    scores = score_parts(query[None], [([screen], None)])[0][0, rows]
+    if not np.isfinite(scores).all():
+        return (
+            rows  # codes overflow a little earlier than what they stand for: the exact pass decides, and names the item
+        )
     (r_q, d), magnitudes = query.shape, np.abs(query.astype(np.float64))
     summing = 2 * LARGEST_CODE * (d + r_q) * UNIT
     carrying = 2 * LARGEST_CODE * d / QUERY_STEPS * magnitudes.max(axis=1).sum()

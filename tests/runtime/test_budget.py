@@ -1,5 +1,6 @@
 """Budgets as users write them."""
 
+import numpy as np
 import pytest
 
 from metaembed.runtime.budget import TRAINED_GROUPS, Budget, parse_budgets
@@ -40,6 +41,14 @@ def test_anything_else_is_refused_with_an_example(text: str):
 def test_each_side_needs_a_vector(text: str):
     with pytest.raises(UsageError, match="at least one vector"):
         Budget.parse(text)
+
+
+@pytest.mark.parametrize("side", [1.5, 2.0, "1", True, None, np.float32(1), [1]])
+def test_sides_are_whole_numbers(side: object):
+    for sides in ((side, 1), (1, side)):
+        with pytest.raises(UsageError, match=r"not two whole numbers, for example Budget\(8, 16\)"):
+            Budget(*sides)  # type: ignore[arg-type]
+    assert Budget(np.int64(2), np.uint8(3)) == Budget(2, 3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("text", "side", "has"), [("17,64", "query", 16), ("16,65", "candidate", 64)])

@@ -1,9 +1,12 @@
 """Cascades against the stages written out with float64 sorting, and against the full scan."""
 
+import sqlite3
+
 import ml_dtypes
 import numpy as np
 import pytest
 
+from metaembed.runtime import maxsim_native
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.cascade import Stage, default_cascade
 from metaembed.runtime.errors import UsageError
@@ -121,6 +124,57 @@ def test_the_screen_passes_over_most_of_what_is_far():
     rows = may_be_best(query, quantize_int8(vectors), np.arange(5000), 10)
     assert set(np.argsort(-exact)[:10]) <= set(rows.tolist())
     assert len(rows) < 500
+
+
+def test_codes_that_overflow_leave_it_to_the_exact_pass(tmp_path):
+    """Float64 by hand: 127 + 0.6 * 126 = 202.8 times 1.5e36 is finite, the 127 + 126 that its codes stand for are not."""
+    vectors = np.random.default_rng(3).standard_normal((300, 1, 127)).astype(np.float32)
+    vectors[123] = 1.5e36 * np.array([127] + [0.6] * 126)
+    Index.create(tmp_path / "index", Layout(127, (1,), screen=True))
+    with Index.open(tmp_path / "index") as index:
+        with index.writer() as writer:
+            writer.add([str(i) for i in range(300)], vectors)
+        (hit,) = index.search(np.ones((1, 127), np.float32), 1)
+    assert hit.id == "123"
+    assert hit.score == pytest.approx(vectors[123].astype(ml_dtypes.bfloat16).astype(np.float64).sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("where", [(), ["n=2"]], ids=["scan", "picked"])
+@pytest.mark.parametrize("layout", [{}, {"screen": True}, {"storage": "int8"}], ids=["bf16", "screen", "int8"])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_an_item_whose_similarity_overflows_is_named_by_its_id(tmp_path, monkeypatch, where, layout, kernels):
+    """By hand: 4 times 3e38 is beyond float32, in the second row of the second segment; of what is deleted nothing is asked."""
+    if not kernels:
+        monkeypatch.setattr(maxsim_native, "library", lambda: None)
+    folder = tmp_path / "index"
+    Index.create(folder, Layout(1, (1,), **layout))
+    with Index.open(folder).writer() as writer:
+        for segment in (1, 2):
+            vectors = np.ones((20, 1, 1), np.float32)
+            vectors[0] = vectors[segment - 1] = 3e38
+            payloads = [{"n": segment if row < 3 else 0} for row in range(20)]
+            writer.add([f"page {segment}-{row}" for row in range(20)], vectors, payloads)
+        writer.delete(["page 1-0", "page 2-0"])
+    query = np.full((1, 1), 4, np.float32)
+    says = r"^item 'page 2-1' has a similarity that is NaN or infinite"
+    with Index.open(folder) as index, pytest.raises(UsageError, match=says):
+        index.search(query, 3, where=where)
+
+
+def test_an_item_without_a_readable_id_is_named_by_its_row_or_left_out(tmp_path):
+    folder = tmp_path / "index"
+    Index.create(folder, Layout(1, (1,)))
+    with Index.open(folder).writer() as writer:
+        writer.add(["a", "b", "c"], np.array([1, 3e38, 2], np.float32)[:, None, None])
+    (path,) = (folder / "segments").iterdir()
+    with sqlite3.connect(folder / "catalogue.sqlite") as connection:
+        connection.execute("UPDATE items SET id = 'x' WHERE id = 'b'")
+    connection.close()
+    query = np.full((1, 1), 4, np.float32)
+    with Index.open(folder) as index, pytest.raises(UsageError, match=f"^row 1 of {path} has a similarity"):
+        index.search(query)
+    with Index.open(folder, skip_damaged=True) as index:
+        assert [hit.id for hit in index.search(query)] == ["c", "a"]
 
 
 def test_default_cascade_is_the_full_scan_while_small_and_keeps_a_tenth_beyond():

@@ -381,8 +381,14 @@ def test_wrong_requests_are_refused(filled, query, tmp_path):
                 index.search(query, K, cascade=cascade, approximate=True)
     with Index.open(folder, shard=(0, 2)) as index, pytest.raises(UsageError, match="not of a shard"):
         index.search(query, K, cascade=ONE, approximate=True)
-    for wrong in ({"connectivity": 1}, {"connectivity": 257}, {"expansion_add": 0}):
-        with pytest.raises(UsageError, match="2 to 256"):
+    for wrong in (
+        {"connectivity": 1},
+        {"connectivity": 257},
+        {"expansion_add": 0},
+        {"connectivity": 32.5},
+        {"connectivity": "x"},
+    ):
+        with pytest.raises(UsageError, match="whole numbers, 2 to 256"):
             build(folder, **wrong)
     Index.create(tmp_path / "empty", Layout.for_vectors(D, R))
     with pytest.raises(UsageError, match="holds no items"):
@@ -551,3 +557,31 @@ def test_a_graph_that_is_replaced_while_it_is_opened_gives_way_to_the_new_one(fi
     with Index.open(folder) as index:
         assert recall(index, items, clustered(2, 5)) >= 0.97
     assert replaced == [N]
+
+
+CUT = """
+import os, sys
+import numpy as np
+from metaembed.runtime.errors import BundleError
+from metaembed.runtime.index import Index
+
+folder, graph = sys.argv[1:]
+with Index.open(folder) as index:
+    index.ann.worth_walking = 1.0
+    for size in (None, 4096):
+        if size:
+            os.truncate(graph, size)
+        try:
+            print(len(index.search(np.ones((1, 24), np.float32), 10, cascade=[(1, 1)], approximate=True)))
+        except BundleError as error:
+            print(error)
+"""
+
+
+def test_a_graph_that_is_cut_short_while_it_is_open_is_named(filled):
+    """In a process of its own: reading beyond a file's end is a signal (SIGBUS)."""
+    folder, _ = filled
+    (graph,) = graphs(folder)
+    ended = subprocess.run([sys.executable, "-c", CUT, str(folder), str(graph)], capture_output=True, text=True)
+    assert ended.returncode == 0, f"ended by {ended.returncode}: {ended.stderr}"
+    assert ended.stdout == f"10\n{graph} was cut short; metaembed-index ann {folder} builds one\n"

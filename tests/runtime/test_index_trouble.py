@@ -352,6 +352,8 @@ def test_a_closed_writer_lets_go_although_the_process_has_forked(tmp_path):
         ({"cascade": [(1, 1, 0), (2, 2)]}, "leaves nothing"),
         ({"where": "n=1"}, "list of texts"),
         ({"where": [1]}, "list of texts"),
+        ({"where": None}, "list of texts"),
+        ({"where": 5}, "list of texts"),
     ],
 )
 def test_arguments_of_other_kinds_are_one_sentence(tmp_path, how, says):
@@ -359,6 +361,37 @@ def test_arguments_of_other_kinds_are_one_sentence(tmp_path, how, says):
         assert len(index.search(unit(0, 2, D), k=np.int64(2), cascade=ONE[0])) == 2
         with pytest.raises(UsageError, match=says):
             index.search(unit(0, 2, D), **how)
+
+
+def test_conditions_may_come_from_a_generator(tmp_path):
+    """Found in review: looking at their types used them up, and everything satisfied what was left."""
+    with Index.open(filled(tmp_path / "i", segments=1)) as index:
+        for value, count in ((1, 5), (2, 0)):
+            assert len(index.search(unit(0, 2, D), where=(text for text in [f"n={value}"]))) == count
+
+
+@pytest.mark.parametrize("shard", ["ab", (0.5, 2), (0, 2.0), (False, True), (0,), (0, 1, 2), 1, None])
+def test_a_shard_that_is_not_two_whole_numbers_is_refused(tmp_path, shard):
+    with pytest.raises(UsageError, match=r"is not \(i, of\)"):
+        Index.open(filled(tmp_path / "i", segments=1), shard=shard)
+    with Index.open(tmp_path / "i", shard=(np.int64(1), 2)) as index:
+        assert len(index) == 3  # by hand: the second half of five rows
+
+
+@pytest.mark.parametrize("ids", [None, 5])
+def test_ids_of_other_kinds_are_refused(tmp_path, ids):
+    with IndexWriter(filled(tmp_path / "i", segments=1)) as writer:
+        for call in (writer.delete, writer.known, lambda ids: writer.add(ids, unit(0, 2, 2, D))):
+            with pytest.raises(UsageError, match="list of texts"):
+                call(ids)
+
+
+def test_a_number_with_more_digits_than_python_reads_is_refused(tmp_path):
+    """4,300 digits by default; a payload that could be written and not read again would be lost."""
+    with IndexWriter(filled(tmp_path / "i", segments=1)) as writer:
+        with pytest.raises(UsageError, match="a payload is a JSON object.*4300 digits"):
+            writer.add(["x"], unit(0, 1, 2, D), [{"n": 10**5000}])
+        assert writer.known(["x"]) == set()
 
 
 def test_a_segment_that_may_not_be_read_is_damage_of_its_own(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """MaxSim against float64 brute force, written as the formula reads."""
 
 import importlib
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metaembed.runtime import maxsim_native
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.int8 import dequantize_int8, quantize_int8
@@ -102,6 +104,32 @@ def test_int8_codes_are_within_half_a_step():
     assert (error <= np.abs(vectors).max(axis=-1, keepdims=True) / 127 / 2 * (1 + 1e-5)).all()
 
 
+def test_int8_codes_of_denormal_numbers_are_within_half_a_step():
+    """Float64 over whole multiples of the smallest number, 2**-149, from where a scale would round to 0 to where it is normal."""
+    unit_ = 2.0**-149
+    for largest in (np.arange(1, 50_000), np.arange(2**29, 2**31, 2**20)):
+        vectors = np.stack([largest, -largest, largest // 3, largest // 254, 0 * largest], axis=-1) * unit_  # (n, d)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            quantized = quantize_int8(vectors[:, None].astype(np.float32))
+        codes, scales = quantized.codes[:, 0].astype(np.float64), quantized.scales.astype(np.float64)
+        values = vectors.astype(np.float32).astype(np.float64)
+        ideal = np.abs(values).max(axis=-1, keepdims=True) / 127
+        assert (np.abs(codes) <= 127).all()
+        assert (np.sign(codes[:, :2]) == [1, -1]).all()
+        assert (codes * values >= 0).all()
+        assert (np.abs(scales - ideal) < np.maximum(1.01 * unit_, ideal * 2.0**-23)).all()
+        assert (np.abs(codes * scales - values) <= scales / 2 * (1 + 1e-5)).all()
+
+
+@pytest.fixture(params=["kernels", "numpy"])
+def path(request, monkeypatch):
+    """Both ways to a score; the first is numpy's too where there are no kernels."""
+    if request.param == "numpy":
+        monkeypatch.setattr(maxsim_native, "library", lambda: None)
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("side", ["queries", "candidates"])
 def test_a_value_that_is_not_finite_is_refused(value, side):
@@ -111,6 +139,36 @@ def test_a_value_that_is_not_finite_is_refused(value, side):
     arrays[side][1, 3, 2] = value
     with pytest.raises(UsageError, match="candidate 1 has" if side == "candidates" else "candidate 0 has"):
         maxsim(**arrays)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_minus_infinity_behind_a_maximum_is_refused(dtype):
+    """By hand: -2 times 3e38 is beyond float32, and less than the 1 times 3e38 of the vector behind it."""
+    queries, candidates = (
+        np.array([[[3e38]]], np.float32),
+        np.array([[[1], [1]], [[-2], [1]], [[0.5], [1]]]).astype(dtype),
+    )
+    with pytest.raises(UsageError, match="candidate 1 has"):
+        maxsim(queries, candidates)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sum_that_overflows_is_refused(dtype, sign):
+    """By hand: a maximum of 3e38 is finite, two of them are 6e38, beyond float32's 3.4e38. One query of two vectors has both."""
+    queries = np.array([[[sign * 3e38], [0.5]], [[sign * 3e38], [sign * 3e38]]], np.float32)
+    candidates = np.array([[[0.25]], [[1]], [[0.5]]]).astype(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UsageError, match="candidate 1 has"):
+            maxsim(queries, candidates)
+        (scores,) = module.score_parts(queries, [([candidates], None)])
+        np.testing.assert_array_equal(np.isfinite(scores), [[True, True, True], [True, False, True]])
+        np.testing.assert_allclose(
+            maxsim(queries[:1], candidates), sign * np.array([[0.75e38, 3e38, 1.5e38]]), rtol=1e-2
+        )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ s(q, c) = sum_i max_j <q_i, c_j>        (MetaEmbed, arXiv 2509.18095, section 3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -68,9 +69,7 @@ def score_parts(queries: Floats, parts: Sequence[maxsim_native.Part]) -> list[Fl
         return [maxsim_reference(queries, groups, chosen) for groups, chosen in parts]
     found = maxsim_native.score(queries, parts)
     for scores in found:
-        finite = np.isfinite(scores).all(axis=0)
-        if not finite.all():
-            raise not_finite(int(np.argmin(finite)))
+        refuse_not_finite(scores)
     return found
 
 
@@ -114,11 +113,17 @@ def prefix(candidates: Vectors, vectors: int) -> Vectors:
     return candidates.prefix(vectors) if isinstance(candidates, Int8Vectors) else candidates[:, :vectors]
 
 
+def take(candidates: Vectors, items: slice | NDArray[np.int64]) -> Vectors:
+    """Some items; without a copy where they are a slice."""
+    if isinstance(candidates, Int8Vectors):
+        return Int8Vectors(candidates.codes[items], candidates.scales[items])
+    return candidates[items]
+
+
 def as_float32(candidates: Vectors, items: slice | NDArray[np.int64]) -> Floats:
     """A copy of some items as contiguous float32 (n, r, d)."""
-    if isinstance(candidates, Int8Vectors):
-        return dequantize_int8(Int8Vectors(candidates.codes[items], candidates.scales[items]))
-    return np.ascontiguousarray(candidates[items], np.float32)
+    some = take(candidates, items)
+    return dequantize_int8(some) if isinstance(some, Int8Vectors) else np.ascontiguousarray(some, np.float32)
 
 
 def _checked(vectors: NDArray[Any], side: str) -> NDArray[Any]:
@@ -144,6 +149,13 @@ def _score_tile(queries: Floats, tile: Floats, first_item: int) -> Floats:
         raise not_finite(first_item + int(np.argmin(finite)))
     scores: Floats = dots.max(axis=1).reshape(n, q, r_q).sum(axis=2).T  # (q, n)
     return scores
+
+
+def refuse_not_finite(scores: Floats) -> None:
+    """A UsageError where some of the scores (q, n) are NaN or infinite; then their extremes are, which take no memory."""
+    extremes = (bound.reduce(scores, axis=None, initial=0) for bound in (np.minimum, np.maximum))
+    if not all(map(math.isfinite, extremes)):
+        raise not_finite(int(np.argmin(np.isfinite(scores).all(axis=0))))
 
 
 def not_finite(item: int) -> UsageError:

@@ -7,9 +7,9 @@ kernels BLAS may round equal items apart by where they lie in its tiles: then th
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,18 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .budget import Budget, is_whole
-from .errors import BundleError, MetaEmbedError, UsageError
-from .index import Hit, Index, Part, Snapshot
-from .index_device import DeviceGroups
+from .contenders import Compacted
+from .errors import MetaEmbedError, UsageError
+from .index import Hit, Index, Snapshot
 from .index_filter import parse_filters
+from .index_scan import scan
 from .index_segment import Rows
-from .maxsim import Floats, not_finite, prepare, score_parts
-from .screen import may_be_best
+from .maxsim import Floats, prepare
 
-log = logging.getLogger(__name__)
 ATTEMPTS = 5  # a search starts again when `compact` removed its survivors' rows; compactions are minutes apart
-# Up to this share of the items, picking them row by row takes 0.4 to 0.95 of the time of scanning all, whatever the budget.
-WORTH_PICKING = 0.3
 
 
 @dataclass(frozen=True)
@@ -70,14 +67,6 @@ class Stage:
 AnyStage = Stage | str | tuple[int, int] | tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """Positions in a snapshot, rising, and their scores."""
-
-    positions: Rows
-    scores: Floats
-
-
 def default_cascade(items: int, largest: Budget, k: int = 10) -> tuple[Stage, ...]:
     """Stages that keep the ranking of `largest` in practice: everything up to 10,000 items, then (4,8) for a tenth, and for
     at least ten times the `k` results.
@@ -114,9 +103,8 @@ def search_index(
         stages = check_cascade(given, len(snapshot), queries.shape[1], index.layout.vectors, k)
         if approximate:
             check_approximate(index, stages)
-        hits = _search(index, snapshot, queries, k, stages, where, approximate)
-        if hits is not None:
-            return hits
+        with contextlib.suppress(Compacted):
+            return _search(index, snapshot, queries, k, stages, where, approximate)
     raise MetaEmbedError(f"{index.folder} was compacted {ATTEMPTS} times during one search; try again")
 
 
@@ -185,150 +173,37 @@ def _search(
     stages: Sequence[Stage],
     where: Sequence[str],
     approximate: bool,
-) -> list[Hit] | None:
-    pool = index.select(snapshot, *parse_filters(where)) if where else None
-    if where and pool is None:
-        return None
-    if approximate and not where:
-        pool = index.ann.pool(snapshot, queries[0, 0], stages[0].keep if len(stages) > 1 and stages[0].keep else k)
-    scored: _Scored | None = None
+) -> list[Hit]:
+    pool = _pool(index, snapshot, queries, k, stages, where, approximate)
     for stage in stages:
         keep = k if stage is stages[-1] else stage.keep or k
-        chosen = pool if scored is None else scored.positions
-        pieces = _score(index, snapshot, queries[:, : stage.budget.query], stage.budget.candidate, chosen, keep)
-        scored = None if pieces is None else _best(index, snapshot, pieces, keep)
-        if scored is None:
-            return None
-    return [] if scored is None else _hits(index, snapshot, scored)
+        scored = scan(index, snapshot, queries[:, : stage.budget.query], stage.budget.candidate, pool, keep)
+        pool = scored.positions
+    return _hits(index, snapshot, scored)
 
 
-def _score(
-    index: Index, snapshot: Snapshot, queries: Floats, vectors: int, pool: Rows | None, keep: int
-) -> list[_Scored] | None:
-    """Score the living items of a pool (None: all), and keep what may be among the best, from every part.
-
-    None when an item that a sentence is to name was compacted away meanwhile. UsageError: a similarity is NaN or infinite.
-    """
-    queries = np.ascontiguousarray(queries)
-    work = list(_choose(index, snapshot, queries, vectors, pool, keep))
-    device = _device(index, vectors)
-    near = [
-        (part.segment.groups(vectors), None if whole else rows) for part, rows, whole in work if not (device and whole)
-    ]
-    found = iter(score_parts(queries, near))
-    scored = [device.scores(queries, part.segment) if device and whole else next(found) for part, _, whole in work]
-    pieces: list[_Scored] = []
-    for (part, rows, whole), scores in zip(work, scored, strict=True):
-        living = scores[0][rows] if whole else scores[0]
-        finite = np.isfinite(living)
-        if not finite.all():
-            name = _name(index, snapshot, part, rows[np.argmin(finite)])
-            if name is None:
-                return None
-            raise not_finite(name)
-        pieces.append(_contenders(part, rows, living, keep))
-    return pieces
-
-
-def _device(index: Index, vectors: int) -> DeviceGroups | None:
-    """What scans so many vectors of every item on a GPU, where the index has that."""
-    return index.device if index.device and index.device.vectors == vectors else None
-
-
-def _choose(
-    index: Index, snapshot: Snapshot, queries: Floats, vectors: int, pool: Rows | None, keep: int
-) -> Iterator[tuple[Part, Rows, bool]]:
-    """The rows to score of every part, and whether it is to be scanned as a whole."""
-    if pool is not None and len(pool) <= WORTH_PICKING * sum(part.segment.items for part in snapshot.parts):
-        pool = np.sort(pool)
-        for part, mask in snapshot.split(pool):
-            rows = pool[mask] - part.start
-            yield part, _sound(index, part, vectors, rows[part.alive[rows]]), False
-        return
-    for part in snapshot.parts:
-        alive = part.alive
-        if pool is not None:
-            alive = alive & np.isin(np.arange(part.start, part.end), pool)
-        likely = _screened(index, part, queries, vectors, alive, keep)
-        if likely is not None:
-            yield part, _sound(index, part, vectors, likely), False
-        else:
-            damaged = _damaged(index, part, vectors, None)
-            yield part, _without(damaged, np.flatnonzero(alive)), not len(damaged)
-
-
-def _screened(
-    index: Index, part: Part, queries: Floats, vectors: int, alive: NDArray[np.bool_], keep: int
+def _pool(
+    index: Index,
+    snapshot: Snapshot,
+    queries: Floats,
+    k: int,
+    stages: Sequence[Stage],
+    where: Sequence[str],
+    approximate: bool,
 ) -> Rows | None:
-    """Rows of a part that may be among its best `keep`, by the screen; None where there is none for so many vectors."""
-    screen = part.segment.screen() if vectors == index.layout.ends[0] else None
-    if screen is None or keep >= alive.sum() or _device(index, vectors):
+    """Positions that the first stage is to score, rising; None: all."""
+    if where:
+        pool = index.select(snapshot, *parse_filters(where))
+        if pool is None:
+            raise Compacted
+    elif approximate:
+        pool = index.ann.pool(snapshot, queries[0, 0], stages[0].keep if len(stages) > 1 and stages[0].keep else k)
+    else:
         return None
-    if len(damaged := part.segment.check_screen()):
-        log.warning("scored without the screen: %s", part.segment.damage(damaged))
-        return None
-    rows = may_be_best(queries[0], screen, np.flatnonzero(alive), keep)
-    if len(_damaged(index, part, vectors, rows)):
-        return None  # what was passed over for a damaged item may be among the best without it
-    return rows if len(rows) <= WORTH_PICKING * part.segment.items else None
+    return None if pool is None else np.sort(pool)
 
 
-def _sound(index: Index, part: Part, vectors: int, rows: Rows) -> Rows:
-    return _without(_damaged(index, part, vectors, rows), rows)
-
-
-def _without(damaged: Rows, rows: Rows) -> Rows:
-    return np.setdiff1d(rows, damaged) if len(damaged) else rows
-
-
-def _damaged(index: Index, part: Part, vectors: int, rows: Rows | None) -> Rows:
-    damaged = part.segment.check(vectors, rows)
-    if len(damaged):
-        if not index.skip_damaged:
-            raise part.segment.damage(damaged)
-        log.warning("left out: %s", part.segment.damage(damaged))
-    return damaged
-
-
-def _name(index: Index, snapshot: Snapshot, part: Part, row: int) -> str | None:
-    """An item in a sentence: by its id, or by its row where the catalogue is damaged there; None as of `Index.describe`."""
-    try:
-        described = index.describe(snapshot, np.array([part.start + row]))
-    except BundleError:
-        return f"row {row} of {part.segment.path}"
-    return f"item {described[0][0]!r}" if described else None
-
-
-def _contenders(part: Part, rows: Rows, scores: Floats, keep: int) -> _Scored:
-    """Those that no `keep` others of the part surpass: more than `keep` only where scores tie."""
-    if len(scores) > keep:
-        among = scores >= np.partition(scores, -keep)[-keep]
-        rows, scores = rows[among], scores[among]
-    return _Scored(rows + part.start, scores)
-
-
-def _best(index: Index, snapshot: Snapshot, pieces: Sequence[_Scored], keep: int) -> _Scored | None:
-    """The best `keep`; ties at the edge go by id. None when a tied row was compacted away meanwhile."""
-    positions = np.concatenate([np.empty(0, np.int64), *(piece.positions for piece in pieces)])
-    scores = np.concatenate([np.empty(0, np.float32), *(piece.scores for piece in pieces)])
-    if len(scores) > keep:
-        edge = np.partition(scores, -keep)[-keep]
-        chosen, tied = scores > edge, np.flatnonzero(scores == edge)
-        places = keep - int(chosen.sum())
-        if len(tied) > places:
-            described = index.describe(snapshot, positions[tied])
-            if described is None:
-                return None
-            tied = tied[np.argsort(np.array([id_ for id_, _ in described], object), kind="stable")]
-        chosen[tied[:places]] = True
-        positions, scores = positions[chosen], scores[chosen]
-    order = np.argsort(positions)
-    return _Scored(positions[order], scores[order])
-
-
-def _hits(index: Index, snapshot: Snapshot, scored: _Scored) -> list[Hit] | None:
-    described = index.describe(snapshot, scored.positions)
-    if described is None:
-        return None
+def _hits(index: Index, snapshot: Snapshot, scored: Scored) -> list[Hit]:
+    described = describe(index, snapshot, scored.positions)
     rows = sorted(zip(scored.scores.tolist(), described, strict=True), key=lambda row: (-row[0], row[1][0]))
     return [Hit(rank, id_, score, payload) for rank, (score, (id_, payload)) in enumerate(rows, start=1)]

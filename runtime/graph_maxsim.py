@@ -32,6 +32,13 @@ class Placed:
     def nbytes(self) -> int:
         return sum(piece.nbytes for piece in self.pieces)
 
+    def cut(self, first: int, items: int) -> Placed:
+        """The pieces from the one that begins with candidate `first`, as many as hold so many candidates; this owns them."""
+        starts = np.cumsum([0, *(piece.shape[0] for piece in self.pieces)])
+        begin, end = np.searchsorted(starts, (first, first + items))
+        pieces = self.pieces[begin:end]
+        return Placed(pieces, (sum(piece.shape[0] for piece in pieces), *self.shape[1:]))
+
     def free(self) -> None:
         for piece in self.pieces:
             piece.free()

@@ -77,12 +77,6 @@ class Snapshot:
     def __len__(self) -> int:
         return sum(int(part.alive.sum()) for part in self.parts)
 
-    def split(self, positions: Rows) -> Iterator[tuple[Part, NDArray[np.bool_]]]:
-        """The parts in which positions lie, each with a mask over `positions`."""
-        owners = np.searchsorted(self.ends, positions, side="right")
-        for owner in np.unique(owners):
-            yield self.parts[owner], owners == owner
-
     def places(self, positions: Rows) -> list[tuple[int, int]]:
         """(segment number, row) of positions."""
         owners = np.searchsorted(self.ends, positions, side="right")
@@ -314,8 +308,7 @@ class Index:
             if (self._verify or self.skip_damaged) and self._rows.lack(snapshot.parts):
                 return None
             found = [
-                np.array(self._catalogue.select(part.number, condition, values, self._rows.of(part.number)), np.int64)
-                + part.start
+                self._catalogue.select(part.number, condition, values, self._rows.of(part.number)) + part.start
                 for part in snapshot.parts
             ]
         return np.concatenate([np.empty(0, np.int64), *found])

@@ -223,7 +223,7 @@ class Catalogue:
                 first = first or str(error)
         return found, first or scan
 
-    def select(self, segment: int, condition: str, values: Sequence[object], rows: Rows | None = None) -> list[int]:
+    def select(self, segment: int, condition: str, values: Sequence[object], rows: Rows | None = None) -> Rows:
         """Rows of a segment that satisfy a condition written by `parse_filters`, never by a user.
 
         Args:
@@ -232,9 +232,10 @@ class Catalogue:
         with self._sentences():
             if rows is None:
                 statement = f"SELECT row FROM items WHERE segment = ? AND ({condition})"
-                return [row for (row,) in self._db.execute(statement, (segment, *values))]
+                return np.fromiter((row for (row,) in self._db.execute(statement, (segment, *values))), np.int64)
             statement = f"SELECT row FROM items WHERE segment = ? AND row = ? AND ({condition})"
-            return [row for row in rows.tolist() if self._db.execute(statement, (segment, row, *values)).fetchone()]
+            found = (row for row in rows.tolist() if self._db.execute(statement, (segment, row, *values)).fetchone())
+            return np.fromiter(found, np.int64)
 
     def add_segment(self, name: str, checksum: int, items: Sequence[tuple[str, str | None]]) -> int:
         """Enter a segment and its rows' (id, payload as JSON). Inside `writing` only."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
 import numpy as np
@@ -47,13 +47,21 @@ class DeviceGroups:
             self._placed[segment] = self._scorer.place(read, shape)
         return self._placed[segment]
 
-    def scores(self, queries: Floats, segment: Segment) -> Floats:
-        """Scores (q, n) of queries (q, r_q, d), rounded to the scorer's type, against all items of a segment.
+    def scan(self, queries: Floats, segment: Segment, items: int) -> Iterator[tuple[slice, Floats]]:
+        """Scores (q, n) of queries (q, r_q, d), rounded to the scorer's type, against all rows of a segment, range by range.
+
+        Args:
+            items: of one range, about: as many pieces of the copy as hold them.
 
         NaN or infinite, not refused, where a similarity is.
         """
-        with self._turn:
-            return self._scorer.scores(queries, self._place(segment))
+        first = 0
+        while first < segment.items:
+            with self._turn:
+                some = self._place(segment).cut(first, items)  # another thread may have freed the copy since
+                scores = self._scorer.scores(queries, some)
+            yield slice(first, first + some.shape[0]), scores
+            first += some.shape[0]
 
     def keep(self, segments: Container[Segment]) -> None:
         """Free the copies of all other segments."""

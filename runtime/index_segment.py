@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 from .errors import BundleError
 from .index_layout import Layout, cut
 from .int8 import Int8Vectors, quantize_int8
-from .maxsim import Vectors
+from .maxsim import Vectors, take
 from .staged_file import sync
 
 # Yields one group of a segment's items, in order and in pieces that fit in memory.
 Source = Callable[[int], Iterator[Vectors]]
 Rows = NDArray[np.int64]
 NO_ROWS = np.empty(0, np.int64)
+ALL = slice(None)
+CHECKED = 1 << 16  # rows compared with their checksums at once
 
 
 class UnreadableError(BundleError):
@@ -149,15 +151,16 @@ class Segment:
         self._sound = [not verify] * len(layout.spans)  # groups of which all rows were found good
         self._held = 0  # groups in memory, from the first one on
 
-    def groups(self, vectors: int) -> list[Vectors]:
-        """The arrays (items, r, d) that hold the first `vectors` vectors of every item. `check` the rows to be read."""
+    def groups(self, vectors: int, rows: slice = ALL) -> list[Vectors]:
+        """The arrays (items, r, d) that hold the first `vectors` vectors of some rows. `check` those to be read."""
         last = self.layout.groups_of(vectors) - 1
-        return [*self._groups[:last], cut(self._groups[last], 0, vectors - self.layout.starts[last])]
+        groups = [*self._groups[:last], cut(self._groups[last], 0, vectors - self.layout.starts[last])]
+        return groups if rows == ALL else [take(group, rows) for group in groups]
 
-    def screen(self) -> Int8Vectors | None:
-        """The first group in int8, for all items; `check_screen` first. None where the index keeps none."""
-        stored = self._groups[-1]
-        return stored if self.layout.screen and isinstance(stored, Int8Vectors) else None
+    def screen(self, rows: slice = ALL) -> Int8Vectors | None:
+        """The first group of some rows in int8; `check_screen` first. None where the index keeps none."""
+        stored = take(self._groups[-1], rows) if self.layout.screen else None
+        return stored if isinstance(stored, Int8Vectors) else None
 
     def check(self, vectors: int, rows: Rows | None = None) -> Rows:
         """Rows (of those given, or of all) whose first `vectors` vectors do not match their checksums, or cannot be read."""
@@ -200,7 +203,7 @@ class Segment:
         return BundleError(f"{self.path} is damaged in row {rows[0]}{others}; restore it, or index its items again")
 
     def _recognise(self, header: bytes, checksum: int) -> bool:
-        return zlib.crc32(self._crcs.tobytes(), zlib.crc32(self._bytes[: len(header)].data)) == checksum
+        return zlib.crc32(self._crcs.data, zlib.crc32(self._bytes[: len(header)].data)) == checksum
 
     def _cut_short(self) -> bool:
         return self._map.size() < self._size  # of the open file, wherever its name leads by now
@@ -213,19 +216,33 @@ class Segment:
     def _check_group(self, group: int, rows: Rows | None) -> Rows:
         if self._sound[group]:
             return NO_ROWS
-        # Rows once found good are not read again.
-        todo = np.flatnonzero(~self._checked[:, group]) if rows is None else rows[~self._checked[rows, group]]
-        if not len(todo):
-            return todo
-        self._will_need(group, todo)
-        crcs = self._computed(group, todo)
-        if len(todo) == self.items:
+        whole = (rows is None or len(rows) == self.items) and not self._checked[:, group].any()
+        if whole:
+            self._advise(group, "WILLNEED")
+        damaged = [self._check_rows(group, todo, announced=whole) for todo in self._unchecked(group, rows)]
+        if whole:
             self._advise(group, "NORMAL")  # what was pushed out of memory since comes back by read-ahead
+        self._sound[group] = rows is None and not any(map(len, damaged))
+        return np.concatenate([NO_ROWS, *damaged])
+
+    def _unchecked(self, group: int, rows: Rows | None) -> Iterator[Rows]:
+        """Those rows, or of all, that were not found good yet, in pieces."""
+        for start in range(0, self.items if rows is None else len(rows), CHECKED):
+            piece = slice(start, start + CHECKED)
+            if rows is None:
+                yield start + np.flatnonzero(~self._checked[piece, group])
+            else:
+                yield rows[piece][~self._checked[rows[piece], group]]
+
+    def _check_rows(self, group: int, todo: Rows, *, announced: bool) -> Rows:
+        """Those of some rows that do not match their checksums."""
+        if not announced:  # have the system read these rows, and nothing else
+            for row in todo.tolist():
+                self._advise(group, "WILLNEED", row)
+        crcs = self._computed(group, todo)
         good = crcs == self._crcs[todo, group]
         self._checked[todo[good], group] = True
         damaged: Rows = todo[~good]
-        if rows is None and not len(damaged):
-            self._sound[group] = True
         return damaged
 
     def _computed(self, group: int, rows: Rows) -> NDArray[np.uint32]:
@@ -234,18 +251,7 @@ class Segment:
 
     def piece(self, group: int, rows: Rows) -> Vectors:
         """A copy of some rows of one group."""
-        stored = self._groups[group]
-        if isinstance(stored, Int8Vectors):
-            return Int8Vectors(stored.codes[rows], stored.scales[rows])
-        return stored[rows]
-
-    def _will_need(self, group: int, rows: Rows) -> None:
-        """Have the system read these rows of a group, and nothing else."""
-        if len(rows) == self.items:
-            self._advise(group, "WILLNEED")
-        else:
-            for row in rows.tolist():
-                self._advise(group, "WILLNEED", row)
+        return take(self._groups[group], rows)
 
     def _advise(self, group: int, advice: str, row: int | None = None) -> None:
         name = f"vectors.{self.layout.name(group)}"

@@ -5,6 +5,7 @@ s(q, c) = sum_i max_j <q_i, c_j>        (MetaEmbed, arXiv 2509.18095, section 3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -59,9 +60,8 @@ def score_groups(queries: Floats, groups: Sequence[Vectors], chosen: NDArray[np.
         UsageError: a similarity is NaN or infinite.
     """
     (scores,) = score_parts(queries, [(groups, chosen)])
-    finite = np.isfinite(scores).all(axis=0)
-    if not finite.all():
-        raise not_finite(f"candidate {int(np.argmin(finite))}")
+    if (candidate := first_not_finite(scores)) is not None:
+        raise not_finite(f"candidate {candidate}")
     return scores
 
 
@@ -116,11 +116,17 @@ def prefix(candidates: Vectors, vectors: int) -> Vectors:
     return candidates.prefix(vectors) if isinstance(candidates, Int8Vectors) else candidates[:, :vectors]
 
 
+def take(candidates: Vectors, items: slice | NDArray[np.int64]) -> Vectors:
+    """Some items; without a copy where they are a slice."""
+    if isinstance(candidates, Int8Vectors):
+        return Int8Vectors(candidates.codes[items], candidates.scales[items])
+    return candidates[items]
+
+
 def as_float32(candidates: Vectors, items: slice | NDArray[np.int64]) -> Floats:
     """A copy of some items as contiguous float32 (n, r, d)."""
-    if isinstance(candidates, Int8Vectors):
-        return dequantize_int8(Int8Vectors(candidates.codes[items], candidates.scales[items]))
-    return np.ascontiguousarray(candidates[items], np.float32)
+    some = take(candidates, items)
+    return dequantize_int8(some) if isinstance(some, Int8Vectors) else np.ascontiguousarray(some, np.float32)
 
 
 def _checked(vectors: NDArray[Any], side: str) -> NDArray[Any]:
@@ -145,6 +151,14 @@ def _score_tile(queries: Floats, tile: Floats) -> Floats:
     finite = np.isfinite(dots).all(axis=1).reshape(n, q, r_q).all(axis=2).T  # a maximum hides minus infinity
     scores[~finite] = np.nan
     return scores
+
+
+def first_not_finite(scores: Floats) -> int | None:
+    """The first candidate with a score, of (q, n), that is NaN or infinite; then their extremes are, which take no memory."""
+    extremes = (bound.reduce(scores, axis=None, initial=0) for bound in (np.minimum, np.maximum))
+    if all(map(math.isfinite, extremes)):
+        return None
+    return int(np.argmin(np.isfinite(scores).all(axis=0)))
 
 
 def not_finite(item: str) -> UsageError:

@@ -324,7 +324,7 @@ def test_filters_choose_by_payload_fields(folder, query):
 
 @pytest.mark.parametrize("limit", [0.0, 1.1])
 def test_filtered_search_is_the_same_by_rows_and_by_scan(folder, query, limit, monkeypatch):
-    monkeypatch.setattr("metaembed.runtime.cascade.WORTH_PICKING", limit)
+    monkeypatch.setattr("metaembed.runtime.index_scan.WORTH_PICKING", limit)
     items = fill(folder, 10, 10)
     with Index.open(folder) as index:
         hits = index.search(query, 4, cascade=FULL, where=["number>=7"])

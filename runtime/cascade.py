@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .budget import Budget, is_whole
-from .contenders import Compacted
+from .contenders import Compacted, Scored, describe
 from .errors import MetaEmbedError, UsageError
 from .index import Hit, Index, Snapshot
 from .index_filter import parse_filters

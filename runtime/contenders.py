@@ -89,11 +89,10 @@ class Contenders:
 
     def _refusal(self, position: int) -> UsageError:
         """Names the item by its id, or by its row where the catalogue is damaged there."""
-        where = np.array([position])
         try:
-            ((id_, _),) = describe(self._index, self._snapshot, where)
+            ((id_, _),) = describe(self._index, self._snapshot, np.array([position]))
         except BundleError:
-            ((part, _),) = self._snapshot.split(where)
+            part = self._snapshot.parts[np.searchsorted(self._snapshot.ends, position, side="right")]
             return not_finite(f"row {position - part.start} of {part.segment.path}")
         return not_finite(f"item {id_!r}")
 

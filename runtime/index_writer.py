@@ -6,7 +6,6 @@ import fcntl
 import functools
 import json
 import os
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BundleError, MetaEmbedError, UsageError
+from .fork import Turn
 from .index import SEGMENTS
 from .index_ann import KEY, SUFFIX, write_ann
 from .index_catalogue import CATALOGUE, Catalogue, Place, SegmentRow, pack_dead
 from .index_layout import cut
+from .index_payload import check_levels, too_deep
 from .index_segment import Segment, Source, write_segment
 from .maxsim import Vectors
 
@@ -57,7 +58,7 @@ class IndexWriter:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(os.path.abspath(folder))  # the process may change its own later
-        self._turn = threading.RLock()
+        self._turn, self._pid = Turn(), os.getpid()
         if not (self.folder / CATALOGUE).is_file():
             raise UsageError(f"{self.folder} is no index: it has no {CATALOGUE}; metaembed-index makes one")
         self._lock = open(self.folder / LOCK, "a")  # noqa: SIM115 (held until close)
@@ -85,7 +86,8 @@ class IndexWriter:
     def close(self) -> None:
         self._catalogue.close()
         if not self._lock.closed:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # or a child that was forked meanwhile would go on holding it
+            if self._pid == os.getpid():  # a child would let go of its parent's
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # or a child that was forked meanwhile would go on holding it
             self._lock.close()
 
     @_in_turn
@@ -107,7 +109,7 @@ class IndexWriter:
         Args:
             ids: distinct, not empty.
             embeddings: (n, r, d) with the index's r and d.
-            payloads: JSON objects, or None.
+            payloads: JSON objects, or None; objects and lists lie at most 100 levels within each other.
             replace: items whose id is known are updated; without, such an id is refused.
 
         Raises:
@@ -122,7 +124,7 @@ class IndexWriter:
                 f"{len(ids)} ids, {len(payloads)} payloads and {len(embeddings)} embeddings do not pair up"
             )
         stored = self.layout.encode(embeddings)
-        texts = [_payload_text(payload) for payload in payloads]
+        texts = [_payload_text(id_, payload) for id_, payload in zip(ids, payloads, strict=True)]
         replaced = self._alive_places(ids)
         if replaced and not replace:
             raise UsageError(f"{next(iter(replaced))!r} is in the index already; replace=True updates it")
@@ -294,14 +296,15 @@ def _plain(ids: Sequence[str]) -> list[str]:
         raise UsageError(f"the id {error.object!r} holds half a character; ids are whole Unicode texts") from None
 
 
-def _payload_text(payload: Mapping[str, Any] | None) -> str | None:
+def _payload_text(id_: str, payload: Mapping[str, Any] | None) -> str | None:
     if payload is None:
         return None
     try:
         text = json.dumps(dict(payload), ensure_ascii=False, allow_nan=False)
         text.encode()
     except RecursionError:
-        raise UsageError("a payload is nested too deep for JSON") from None
+        raise too_deep(f"the payload of {id_!r}") from None
     except (TypeError, ValueError) as error:
         raise UsageError(f"a payload is a JSON object; {payload!r} is not ({error})") from None
+    check_levels(text, f"the payload of {id_!r}")
     return text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from mmap import mmap
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from usearch.index import Index as UsearchIndex
 
 from .errors import MetaEmbedError
+from .fork import Turn
 from .index_ann import LEAST_WALK
 from .maxsim import Floats
 
@@ -47,7 +47,7 @@ class Graph:
     """
 
     def __init__(self, mapped: mmap, dims: int) -> None:
-        self._turn = threading.Lock()
+        self._turn = Turn(awaited=True)
         # Without key lookups: a table of all keys in memory, of which nothing here makes use.
         self._graph = _empty(dims, expansion_search=LEAST_WALK, enable_key_lookups=False)
         self._mapped = mapped  # usearch points into it, so it goes last

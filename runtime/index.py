@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from .budget import is_whole
 from .errors import BundleError, UsageError
+from .fork import Turn
 from .index_ann import AnnStage
 from .index_catalogue import CATALOGUE, Catalogue, SegmentRow
 from .index_layout import Layout
@@ -107,7 +107,7 @@ class Index:
         about, self.layout = catalogue.about(), catalogue.layout()
         self.fingerprint, self.bundle = about.get("fingerprint", ""), about.get("bundle", "")
         # The catalogue's version and the changes of `_rows`, of which the snapshot is.
-        self._version, self._snapshot, self._turn = (-1, 0), Snapshot(()), threading.RLock()
+        self._version, self._snapshot, self._turn = ((-1, -1), 0), Snapshot(()), Turn()
         self.device: DeviceGroups | None = None
         self.ann = AnnStage(folder, catalogue, self.layout.dims)
         self._rows = SoundRows(catalogue, skip_damaged=skip_damaged)

@@ -13,7 +13,6 @@ import json
 import logging
 import mmap
 import os
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ import numpy as np
 
 from .budget import is_whole
 from .errors import BundleError, MetaEmbedError, UsageError
+from .fork import Turn
 from .index_catalogue import Catalogue, SegmentRow
 from .index_layout import Layout
 from .index_segment import Rows, Segment, map_randomly
@@ -80,7 +80,7 @@ class AnnStage:
 
     def __init__(self, folder: Path, catalogue: Catalogue, dims: int) -> None:
         self._folder, self._catalogue, self._dims = folder, catalogue, dims
-        self._turn = threading.Lock()
+        self._turn = Turn()
         self._text = ""  # the record, as the catalogue had it when the graph was opened
         self._opened: tuple[AnnRecord, Graph] | None = None
         self.worth_walking = WORTH_WALKING

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BundleError
+from .index_database import Database
 from .index_layout import Layout
+from .index_payload import read_payload
 from .index_schema import (
     APPLICATION,
+    CHECKSUMS,
+    FIELDS,
     FORMAT,
     SCHEMA,
     STATE,
@@ -35,7 +38,7 @@ from .index_schema import (
     structure,
 )
 from .index_segment import Rows
-from .index_sentences import BUSY_SECONDS, damage, on_one_line, sentences
+from .index_sentences import damage, on_one_line, sentences
 
 CATALOGUE = "catalogue.sqlite"
 MOST_VARIABLES = 900  # of one statement; SQLite allowed 999 before 3.32
@@ -65,31 +68,17 @@ def pack_dead(alive: NDArray[np.bool_]) -> bytes:
     return b"" if alive.all() else np.packbits(~alive).tobytes()
 
 
-class Catalogue:
-    """An open catalogue. Statements that need one state of it go inside ``with catalogue.reading()`` or ``writing()``.
-
-    Threads take turns: a connection has one transaction at a time.
-    """
+class Catalogue(Database):
+    """An open catalogue. Statements that need one state of it go inside ``with catalogue.reading()`` or ``writing()``."""
 
     def __init__(self, folder: Path, *, write: bool = False) -> None:
-        self.path = folder / CATALOGUE
-        self._turn = threading.RLock()
-        with self._sentences():
-            # mode=rw also for readers: after a writer was killed, the first to open the file rolls its journal back.
-            # SQLite itself falls back to reading where the file may not be written.
-            self._db = sqlite3.connect(
-                f"{self.path.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS, check_same_thread=False,
-                isolation_level=None,
-            )  # fmt: skip
-            try:
-                self._db.execute(f"PRAGMA query_only = {int(not write)}")
-                self._db.execute(
-                    "PRAGMA synchronous = EXTRA"
-                )  # the journal's removal is the commit: it must be durable too
-                self._check_format()
-            except BaseException:
-                self._db.close()
-                raise
+        super().__init__(folder / CATALOGUE, write=write)
+        self._crc = row_crc  # that of the format which a transaction finds: others may raise it in between
+        try:
+            self._check_structure()
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def create(cls, folder: Path, layout: Layout, about: dict[str, str], *, last: int = 0) -> None:
@@ -105,19 +94,10 @@ class Catalogue:
             )
             connection.commit()
 
-    def close(self) -> None:
-        with self._turn:
-            self._db.close()
-
     @property
     def tallied(self) -> bool:
         """Whether it says how many segments there are: format 1 did not."""
         return self._format() != UNTALLIED
-
-    def version(self) -> int:
-        """Changes whenever another connection has committed."""
-        with self._sentences():
-            return int(self._db.execute("PRAGMA data_version").fetchone()[0])
 
     def about(self) -> dict[str, str]:
         with self.reading():
@@ -159,7 +139,7 @@ class Catalogue:
                 if (item := self._item(*place)) is None:
                     lost.append(place)
                 else:
-                    found[place] = item[0], None if item[1] is None else json.loads(item[1])
+                    found[place] = item[0], read_payload(item[1], f"the payload of {item[0]!r} in {self.path}")
             there = {row.number for row in self.segments()} if lost else set()
         for segment, row in lost:
             if segment in there:
@@ -173,7 +153,7 @@ class Catalogue:
         """
         found: dict[str, list[Place]] = {}
         ids = list(ids)
-        with self._sentences():
+        with self.reading():
             for start in range(0, len(ids), MOST_VARIABLES):
                 some = ids[start : start + MOST_VARIABLES]
                 marks = ",".join("?" * len(some))
@@ -191,7 +171,7 @@ class Catalogue:
         Raises:
             BundleError: a row is damaged or missing.
         """
-        with self._sentences():
+        with self.reading():
             expected = 0
             statement = "SELECT row, id, payload, crc FROM items WHERE segment = ? ORDER BY row"
             for row, id_, payload, crc in self._db.execute(statement, (segment,)):
@@ -214,13 +194,14 @@ class Catalogue:
             scan = str(error)
         found: dict[int, tuple[str, str | None]] = {}
         first = ""
-        for row in range(items):
-            try:
-                if (item := self._item(segment, row)) is None:
-                    raise self._damage(f"(row {row} of segment {segment} is missing)")
-                found[row] = item
-            except BundleError as error:
-                first = first or str(error)
+        with self.reading():
+            for row in range(items):
+                try:
+                    if (item := self._item(segment, row)) is None:
+                        raise self._damage(f"(row {row} of segment {segment} is missing)")
+                    found[row] = item
+                except BundleError as error:
+                    first = first or str(error)
         return found, first or scan
 
     def select(self, segment: int, condition: str, values: Sequence[object], rows: Rows | None = None) -> Rows:
@@ -248,19 +229,19 @@ class Catalogue:
     def enter(self, row: SegmentRow, items: Iterable[tuple[int, str, str | None]]) -> None:
         """Store a segment row, and the (row, id, payload as JSON) of its items. Inside `writing` only."""
         fields = (row.number, row.name, row.items, row.checksum, row.dead)
-        self._db.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?)", (*fields, row_crc(*fields)))
+        self._db.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?)", (*fields, self._crc(*fields)))
         self._db.executemany(
             "INSERT INTO items VALUES (?, ?, ?, ?, ?)",
-            ((row.number, *item, row_crc(row.number, *item)) for item in items),
+            ((row.number, *item, self._crc(row.number, *item)) for item in items),
         )
 
     def set_about(self, key: str, value: str) -> None:
         """Store an entry of `about`. Inside `writing` only."""
-        self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?, ?)", (key, value, row_crc(key, value)))
+        self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?, ?)", (key, value, self._crc(key, value)))
 
     def set_dead(self, row: SegmentRow) -> None:
         """Store a segment row's `dead`. Inside `writing` only."""
-        crc = row_crc(row.number, row.name, row.items, row.checksum, row.dead)
+        crc = self._crc(row.number, row.name, row.items, row.checksum, row.dead)
         self._db.execute("UPDATE segments SET dead = ?, crc = ? WHERE number = ?", (row.dead, crc, row.number))
 
     def drop_segments(self, numbers: Iterable[int]) -> None:
@@ -296,18 +277,22 @@ class Catalogue:
                 yield
             else:
                 with self._transaction("BEGIN", "ROLLBACK"):  # a COMMIT repeats what a read found malformed
+                    self._crc = self._checksum()
                     yield
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """One transaction: everything inside becomes visible and durable together, or not at all."""
         with self._sentences(), self._transaction("BEGIN IMMEDIATE", "COMMIT"):
+            self._crc = self._checksum()
             for table in TALLIES:  # or what was lost since the opening would be taken for right
                 self._compare(table, *self._tally(table))
             yield
+            last = self.last_number()
+            if self._format() != FORMAT:
+                self._raise_format()
             tallies = {table: self._tally(table) for table in TALLIES}
-            self.set_about(STATE, json.dumps({**tallies, "last": self.last_number()}))
-            self._db.execute(f"PRAGMA user_version = {FORMAT}")
+            self.set_about(STATE, json.dumps({**tallies, "last": last}))
 
     def find_damage(self) -> list[str]:
         """What speaks against the catalogue, payloads and rows' checksums apart; empty when it is sound."""
@@ -324,26 +309,9 @@ class Catalogue:
             return [str(error)]
         return []
 
-    @contextmanager
-    def _transaction(self, begin: str, end: str) -> Iterator[None]:
-        self._db.execute(begin)
-        try:
-            yield
-            self._db.execute(end)
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-
-    @contextmanager
-    def _sentences(self) -> Iterator[None]:
-        """Turn what SQLite reports into one sentence; one thread at a time."""
-        with sentences(self.path), self._turn:
-            yield
-
     def _item(self, segment: int, row: int) -> tuple[str, str | None] | None:
         """Id and payload (as JSON) of a row; None where there is none."""
-        with self._sentences():
+        with self.reading():
             statement = "SELECT id, payload, crc FROM items WHERE segment = ? AND row = ?"
             for id_, payload, crc in self._db.execute(statement, (segment, row)):
                 self._expect(crc, segment, row, id_, payload)
@@ -369,18 +337,38 @@ class Catalogue:
     def _format(self) -> int:
         return int(self._db.execute("PRAGMA user_version").fetchone()[0])
 
+    def _raise_format(self) -> None:
+        """Give all rows the checksums of our format, once they were compared with those of their own."""
+        for table, fields in FIELDS.items():
+            for *values, crc in self._db.execute(f"SELECT {fields}, crc FROM {table}"):
+                self._expect(crc, *values)
+        self._crc = row_crc
+        self._db.create_function("row_crc", -1, row_crc, deterministic=True)
+        for table, fields in FIELDS.items():
+            self._db.execute(f"UPDATE {table} SET crc = row_crc({fields}) WHERE crc <> row_crc({fields})")
+        self._db.execute(f"PRAGMA user_version = {FORMAT}")
+
     def _damage(self, what: str) -> BundleError:
         return damage(self.path, what)
 
     def _expect(self, crc: int, *fields: object) -> None:
-        if crc != row_crc(*fields):
-            raise self._damage(f"in the row of {fields[:3]}")
+        if crc != self._crc(*fields):
+            older = self._crc is not row_crc and not all(field.isascii() for field in fields if isinstance(field, str))
+            or_else = (
+                ", or another version of Python wrote it, under which it must be written to once more" if older else ""
+            )
+            raise self._damage(f"in the row of {fields[:3]}{or_else}")
 
-    def _check_format(self) -> None:
-        (application,) = self._db.execute("PRAGMA application_id").fetchone()
-        if application != APPLICATION:
-            raise BundleError(f"{self.path} is no catalogue of an index, or damaged")
-        if (version := self._format()) not in (UNTALLIED, FORMAT):
+    def _checksum(self) -> Callable[..., int]:
+        if (version := self._format()) not in CHECKSUMS:
             raise BundleError(f"{self.path} has format {version}; this version reads {FORMAT}; update metaembed-export")
-        if not structure() <= set(self._db.execute(STRUCTURE)):
-            raise self._damage("(its tables are not those of an index)")
+        return CHECKSUMS[version]
+
+    def _check_structure(self) -> None:
+        with self._sentences():
+            (application,) = self._db.execute("PRAGMA application_id").fetchone()
+            if application != APPLICATION:
+                raise BundleError(f"{self.path} is no catalogue of an index, or damaged")
+            self._checksum()
+            if not structure() <= set(self._db.execute(STRUCTURE)):
+                raise self._damage("(its tables are not those of an index)")

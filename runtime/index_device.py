@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Container, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .fork import Turn
 from .graph_maxsim import Placed, Scorer
 from .index_segment import Segment
 from .maxsim import Floats, as_float32
@@ -24,7 +24,7 @@ class DeviceGroups:
         self.vectors = vectors
         self._scorer = scorer
         self._placed: dict[Segment, Placed] = {}
-        self._turn = threading.Lock()  # one device, one scorer: threads wait for each other, and for copies being freed
+        self._turn = Turn()  # one device, one scorer: threads wait for each other, and for copies being freed
 
     @property
     def nbytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ class WriterLock:
     def __init__(self, folder: Path) -> None:
         if not (folder / CATALOGUE).is_file():
             raise UsageError(f"{folder} is no index: it has no {CATALOGUE}; metaembed-index makes one")
+        self._pid = os.getpid()
         self._file = open(folder / LOCK, "a")  # noqa: SIM115 (held until close)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,7 +45,8 @@ class WriterLock:
 
     def close(self) -> None:
         if not self._file.closed:
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # or a child that was forked meanwhile would go on holding it
+            if self._pid == os.getpid():  # a child would let go of its parent's
+                fcntl.flock(self._file, fcntl.LOCK_UN)  # or a child that was forked meanwhile would go on holding it
             self._file.close()
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import sqlite3
 import zlib
+from collections.abc import Callable
 from contextlib import closing
 
-FORMAT = 2
-UNTALLIED = 1  # the format without tallies: read as it is, and brought to ours by the first transaction that writes
+FORMAT = 3  # older ones are read as they are, and brought to ours by the first transaction that writes
+UNTALLIED = 1  # the format without tallies; of 1 and 2 the checksums are others
 APPLICATION = 0x4D45_4958  # "MEIX", so that `file` and we can tell the catalogue from any other database
 SCHEMA = f"""
 PRAGMA application_id = {APPLICATION};
@@ -30,12 +31,27 @@ TALLIES = {
     "about": f"SELECT count(*), coalesce(sum(crc), 0) FROM about WHERE key <> '{STATE}'",
     "segments": "SELECT count(*), coalesce(sum(crc), 0) FROM segments",
 }
+# What a row's checksum is of, table by table.
+FIELDS = {
+    "about": "key, value",
+    "segments": "number, name, items, checksum, dead",
+    "items": "segment, row, id, payload",
+}
 STRUCTURE = "SELECT type, name, tbl_name, sql FROM sqlite_master"
 
 
 def row_crc(*fields: object) -> int:
-    """The checksum of a row's other fields."""
+    """The checksum of a row's other fields. `ascii` escapes every other character, so that all interpreters find the same."""
+    return zlib.crc32(ascii(fields).encode())
+
+
+def repr_crc(*fields: object) -> int:
+    """The checksum of formats 1 and 2: Python escapes the characters that its version of Unicode does not know."""
     return zlib.crc32(repr(fields).encode())
+
+
+# Of every format that is read.
+CHECKSUMS: dict[int, Callable[..., int]] = {UNTALLIED: repr_crc, 2: repr_crc, FORMAT: row_crc}
 
 
 @functools.cache

@@ -47,6 +47,10 @@ def damage(path: Path, what: str) -> BundleError:
 
 
 def _trouble(path: Path, reason: str) -> MetaEmbedError:
+    if reason == "malformed JSON":
+        return BundleError(
+            f"{path} holds a payload that conditions cannot read: it is nested too deep, or damaged; store it again"
+        )
     if any(word in reason for word in DAMAGED):
         return damage(path, f"({reason})")
     if ("readonly" in reason or "unable to open" in reason) and (unfinished := _unfinished(path)):

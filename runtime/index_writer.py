@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BundleError, MetaEmbedError, UsageError
+from .fork import Turn
 from .index import SEGMENTS
 from .index_ann import KEY, write_ann
 from .index_catalogue import CATALOGUE, Catalogue, Place, SegmentRow, pack_dead
 from .index_files import WriterLock, copy_rows, remove_leftovers, write_new_segment
 from .index_layout import cut
+from .index_payload import check_levels, too_deep
 from .index_segment import Segment
 
 SEGMENT_BYTES = 1 << 30  # what `compact` and `tidy` merge up to
@@ -53,7 +54,7 @@ class IndexWriter:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(os.path.abspath(folder))  # the process may change its own later
-        self._turn = threading.RLock()
+        self._turn = Turn()
         self._lock = WriterLock(self.folder)
         try:
             self._catalogue = Catalogue(self.folder, write=True)
@@ -101,7 +102,7 @@ class IndexWriter:
         Args:
             ids: distinct, not empty.
             embeddings: (n, r, d) with the index's r and d.
-            payloads: JSON objects, or None.
+            payloads: JSON objects, or None; objects and lists lie at most 100 levels within each other.
             replace: items whose id is known are updated; without, such an id is refused.
 
         Raises:
@@ -116,7 +117,7 @@ class IndexWriter:
             raise UsageError(
                 f"{len(ids)} ids, {len(payloads)} payloads and {stored.shape[0]} embeddings do not pair up"
             )
-        texts = [_payload_text(payload) for payload in payloads]
+        texts = [_payload_text(id_, payload) for id_, payload in zip(ids, payloads, strict=True)]
         replaced = self._alive_places(ids)
         if replaced and not replace:
             raise UsageError(f"{next(iter(replaced))!r} is in the index already; replace=True updates it")
@@ -304,14 +305,15 @@ def _plain(ids: Sequence[str]) -> list[str]:
         raise UsageError(f"the id {error.object!r} holds half a character; ids are whole Unicode texts") from None
 
 
-def _payload_text(payload: Mapping[str, Any] | None) -> str | None:
+def _payload_text(id_: str, payload: Mapping[str, Any] | None) -> str | None:
     if payload is None:
         return None
     try:
         text = json.dumps(dict(payload), ensure_ascii=False, allow_nan=False)
         text.encode()
     except RecursionError:
-        raise UsageError("a payload is nested too deep for JSON") from None
+        raise too_deep(f"the payload of {id_!r}") from None
     except (TypeError, ValueError) as error:
         raise UsageError(f"a payload is a JSON object; one that was given is not ({error})") from None
+    check_levels(text, f"the payload of {id_!r}")
     return text

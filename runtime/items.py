@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .index_payload import check_levels, too_deep
 from .search import find_images
 
 log = logging.getLogger(__name__)
@@ -74,11 +75,15 @@ def _read_lines(path: Path, *, number_them: bool) -> list[Item]:
 def _read_line(path: Path, number: int, line: bytes, default_id: str | None) -> Item:
     try:
         data = json.loads(line, parse_constant=_refuse)
-        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()  # 1e999 is infinite
+        written = json.dumps(data, ensure_ascii=False, allow_nan=False)  # 1e999 is infinite
+        written.encode()
     except UnicodeEncodeError:
         raise UsageError(f"{path} line {number} holds half a character (a lone surrogate)") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise too_deep(f"{path} line {number}") from None
+    except ValueError as error:
         raise UsageError(f"{path} line {number} is not JSON ({error})") from None
+    check_levels(written, f"{path} line {number}")
     if not isinstance(data, dict):
         raise UsageError(f"{path} line {number} is no JSON object")
     own, beir, text, image = (data.pop(name, None) for name in ("id", "_id", "text", "image"))

@@ -320,8 +320,9 @@ def test_what_is_in_an_index_as_json(index, capsys):
     assert json.loads(capsys.readouterr().out) == {"items": 8, "damages": []}
 
 
-def test_a_deep_payload_is_printed_as_json(demo_bundle, tmp_path, capsys):
+def test_a_deep_payload_of_an_older_index_is_printed_as_json(demo_bundle, tmp_path, capsys, monkeypatch):
     """Found in review: indexing took a payload 900 levels deep, and printing it ended in a traceback."""
+    monkeypatch.setattr("metaembed.runtime.index_payload.MOST_LEVELS", 1000)
     (tmp_path / "data.jsonl").write_text('{"id": "a", "text": "b", "v": ' + "[" * 900 + "]" * 900 + "}")
     command = [str(demo_bundle), "--data", str(tmp_path / "data.jsonl"), "-o", str(tmp_path / "index"), "--quiet"]
     assert cli_index.main(command) == 0

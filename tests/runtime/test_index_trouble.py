@@ -223,14 +223,12 @@ def test_more_results_than_the_default_cascade_keeps_are_given(tmp_path):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("n=99999999999999999999", 1e20),
-        (f"n={'9' * 400}", "9" * 400),
         ("n=NaN", "NaN"),
         ("n=-Infinity", "-Infinity"),
         (f"n={'[' * 100_000}", "[" * 100_000),
         ("n=9223372036854775807", 2**63 - 1),
     ],
-    ids=["large", "larger", "nan", "infinity", "deep", "largest"],
+    ids=["nan", "infinity", "deep", "largest"],
 )
 def test_odd_values_in_a_filter(tmp_path, text, value):
     assert parse_filters([text])[1][-1] == value

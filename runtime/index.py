@@ -325,7 +325,7 @@ class Index:
                     damage.sentence for damage in found
                 ]  # else another process committed meanwhile: files of one state, rows of another
 
-    def _load(self, rows: Sequence[SegmentRow], version: int) -> Snapshot:
+    def _load(self, rows: Sequence[SegmentRow], version: tuple[int, int]) -> Snapshot:
         """The snapshot of one version of the catalogue."""
         known = {part.number: part.segment for part in self._snapshot.parts}
         parts: list[Part] = []

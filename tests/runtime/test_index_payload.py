@@ -7,10 +7,10 @@ import pytest
 
 from metaembed.runtime.errors import BundleError, MetaEmbedError, UsageError
 from metaembed.runtime.index import Index
-from metaembed.runtime.index_build import read_data
 from metaembed.runtime.index_layout import Layout
 from metaembed.runtime.index_payload import check_levels
 from metaembed.runtime.index_writer import IndexWriter
+from metaembed.runtime.items import read_data
 
 ONE = np.ones((1, 1, 4), np.float32)
 QUERY = np.ones((1, 4), np.float32)

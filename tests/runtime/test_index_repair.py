@@ -485,7 +485,7 @@ def test_a_repair_is_the_only_writer(folder, monkeypatch):
 
 @pytest.mark.parametrize("rebuilt", [False, True])
 def test_a_repair_gives_up_where_another_program_keeps_the_catalogue_locked(folder, rebuilt, monkeypatch):
-    monkeypatch.setattr("metaembed.runtime.index_catalogue.BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("metaembed.runtime.index_database.BUSY_SECONDS", 0.1)
     if rebuilt:
         sql(folder, "DELETE FROM items WHERE id = 'item050'")
     else:

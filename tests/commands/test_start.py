@@ -26,7 +26,7 @@ class Interrupt:
         if name == "{module}":
             print("interrupted in", name, flush=True)
             signal.raise_signal(signal.SIGINT)
-{before}
+signal.signal(signal.SIGINT, signal.{handler})
 sys.meta_path.insert(0, Interrupt())
 sys.argv = ["/usr/bin/metaembed-index", "compact", "/nowhere"]
 from metaembed.commands import index
@@ -34,8 +34,9 @@ sys.exit(index())
 """
 
 
-def interrupted(module: str, before: str = "") -> tuple[int, str]:
-    code = INTERRUPTED.format(module=module, before=before)
+def interrupted(module: str, handler: str = "default_int_handler") -> tuple[int, str]:
+    """Exit code and stderr; tests may themselves run where interrupts are ignored."""
+    code = INTERRUPTED.format(module=module, handler=handler)
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ended.stdout == f"interrupted in {module}\n"
     return ended.returncode, ended.stderr
@@ -61,6 +62,6 @@ def test_an_interrupt_at_work_is_the_commands_own():
 
 def test_an_interrupt_that_is_to_be_ignored_is_ignored():
     """As nohup and a shell's & have it."""
-    code, error = interrupted("numpy", before="signal.signal(signal.SIGINT, signal.SIG_IGN)")
+    code, error = interrupted("numpy", handler="SIG_IGN")
     assert code == 2
     assert "/nowhere is no index" in error

@@ -172,7 +172,7 @@ def _alive(part: Part, rows: slice, pool: Rows | None) -> NDArray[np.bool_]:
 
 
 def _has_screen(index: Index, part: Part, vectors: int, keep: int) -> bool:
-    """Whether the screen of a part can spare work: it is of so many vectors, sound, and more than enough items are kept."""
+    """Whether the screen of a part can spare work: it is of so many vectors, sound, and few of a chunk are kept."""
     if part.segment.screen() is None or vectors != index.layout.ends[0] or _device(index, vectors):
         return False
     if keep > WORTH_PICKING * min(part.segment.items, CHUNK_ITEMS // 2):

@@ -111,6 +111,19 @@ def test_candidates_are_copied_once_and_queries_each_time(folder, device, query)
         assert device.gpu.calls.count("copy_in") - before == 3 * 7  # a query for each of seven pieces
 
 
+def test_a_large_segment_comes_back_from_the_gpu_in_ranges(folder, device, query, monkeypatch):
+    """By hand: ranges of at least 70 items, whole pieces of 64. 100 items are one, as 1 is; 199 are 128 and 71."""
+    scores = device.scorer.scores
+    ranges = []
+    monkeypatch.setattr(device.scorer, "scores", lambda q, placed: ranges.append(placed.shape[0]) or scores(q, placed))
+    monkeypatch.setattr("metaembed.runtime.index_scan.CHUNK_ITEMS", 70)
+    with Index.open(folder) as plain, Index.open(folder) as index:
+        index.place(device.scorer, 1)
+        assert_same(search(index, query), search(plain, query))
+    assert ranges == [100, 1, 128, 71]
+    assert device.runs == [(count, 1, D) for count in (64, 36, 1, 64, 64, 64, 7)]
+
+
 def test_later_stages_and_filters_that_leave_few_stay_on_the_cpu(folder, device, query):
     with Index.open(folder) as plain, Index.open(folder) as index:
         index.place(device.scorer, 8)

@@ -61,7 +61,15 @@ def _measure(args: argparse.Namespace) -> Iterator[tuple[str, dict, str]]:
                 )
         if "memory" in args.only:
             r = scoring.measure_memory(dim)
-            yield "scoring_memory", r, f"memory beside the index, D={dim}: {r['mib_per_thread']:.1f} MiB a thread"
+            yield "scoring_memory", r, f"memory of scoring, D={dim}: {r['mib_per_thread']:.1f} MiB a thread"
+    if "memory" in args.only:
+        r = scoring_index.measure_search_memory(max(1, int(3e6 * args.scale)), args.folder)
+        yield (
+            "search_memory",
+            r,
+            f"memory of a search beside an index of {r['items']:,} items: {r['mib_per_thread']:.1f} MiB a thread, "
+            + ", ".join(f"{name} {mib:.1f} MiB" for name, mib in r["added_mib"].items()),
+        )
     for kind, measure, items in (
         ("cascade", scoring_index.measure_cascades, 100_000),
         ("approximate", scoring_index.measure_approximate, 500_000),

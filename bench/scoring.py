@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -118,17 +119,26 @@ def measure_memory(dim: int) -> Record:
     for budget, queries in [*((budget, 1) for budget in BUDGETS), (BUDGETS[-1], 32)]:
         query = unit_vectors(rng, queries, budget.query, dim)
         candidates = stored_candidates(rng, COUNTS[str(budget)], budget.candidate, dim)
-        peaks[f"{queries} x {budget}"] = _added_mib(partial(maxsim, query, candidates))
+        peaks[f"{queries} x {budget}"] = added_mib(partial(maxsim, query, candidates))
     threads = maxsim_native.thread_count()
     return {"dim": dim, "added_mib": peaks, "threads": threads, "mib_per_thread": max(peaks.values()) / threads}
 
 
-def _added_mib(run: Callable[[], object]) -> float:
+def added_mib(run: Callable[[], object]) -> float:
+    """What a call adds to the memory of this process at most. Pages of files count: have them read before."""
+    _give_back()
     # Writing 5 resets the peak (VmHWM) to what is resident now: proc(5).
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_mib("VmRSS")
     run()
     return _status_mib("VmHWM") - before
+
+
+def _give_back() -> None:
+    """Have glibc return what it keeps of earlier calls, which would hide what the next one takes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def _status_mib(key: str) -> float:

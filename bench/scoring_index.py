@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from metaembed.runtime import maxsim_native
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.cascade import Stage, default_cascade
 from metaembed.runtime.errors import UsageError
@@ -28,7 +29,7 @@ from metaembed.runtime.maxsim import maxsim
 from metaembed.runtime.memory import GIB
 
 from .records import Record
-from .scoring import stored_candidates, unit_vectors
+from .scoring import added_mib, stored_candidates, unit_vectors
 from .timing import time_interleaved
 
 CASCADES = (
@@ -45,6 +46,7 @@ APPROXIMATE = (100, 300, 1000, 3000)  # survivors of a first stage that is also 
 QUERIES = 100
 K = 10
 ADD_BYTES = 1 << 28
+MANY_DIMS, MANY_ADDED = 16, 1 << 19  # of the items over which a search's memory is measured, and of one addition
 
 
 @contextmanager
@@ -174,6 +176,36 @@ def measure_opening(gib: float, folder: Path | None) -> Record:
         "read_mib": read / 2**20,
         "first_query_ms": first * 1e3,
         "next_query_ms": following * 1e3,
+    }
+
+
+def measure_search_memory(items: int, folder: Path | None) -> Record:
+    """The most that a search over many small items adds to this process, in MiB, the files that it maps not counted.
+
+    A scan for ten, and a cascade whose first stage keeps as many as that of `default_cascade`.
+    """
+    rng = np.random.default_rng(0)
+    stages = {"1,1": ["1,1"], "default": [f"1,1:{max(K, items // 10)}", "2,2"]}
+    peaks = {}
+    with _temporary(folder) as made:
+        Index.create(made, Layout(MANY_DIMS, (1, 2)))
+        with Index.open(made).writer() as writer:
+            for start in range(0, items, MANY_ADDED):
+                ids = [f"item{i:08}" for i in range(start, min(start + MANY_ADDED, items))]
+                writer.add(ids, unit_vectors(rng, len(ids), 2, MANY_DIMS))
+        query = unit_vectors(rng, 2, MANY_DIMS)
+        with Index.open(made) as index:
+            for name, cascade in stages.items():
+                search = partial(index.search, query, K, cascade=cascade)
+                search()  # reads the files, and compares checksums
+                peaks[name] = added_mib(search)
+    threads = maxsim_native.thread_count()
+    return {
+        "dim": MANY_DIMS,
+        "items": items,
+        "added_mib": peaks,
+        "threads": threads,
+        "mib_per_thread": max(peaks.values()) / threads,
     }
 
 

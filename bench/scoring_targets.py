@@ -87,6 +87,8 @@ TARGETS: tuple[Target, ...] = (
                lambda r: r["mib_per_thread"], most=16, form="{:.1f}")
         for dim in (3584, 128)
     ),
+    Target("search of 3 million items: memory beside the index, MiB a thread", "search_memory", {},
+           lambda r: r["mib_per_thread"], most=16, form="{:.1f}"),
     Target("first 1,1 query of a 10 GiB index: read, of the 1,1 group", "index_opening", {},
            lambda r: r["read_mib"] / r["group_mib"], most=1.05, form="{:.1%}"),
     Target("50 kills while adding 2,000 items: lost or damaged", "index_kills", {},
@@ -104,7 +106,7 @@ def make_targets(records: Sequence[Record]) -> Table | None:
         (target.what, target.goal(), *(target.judge(found.get(name)) for name in processors))
         for target, found in latest
     )
-    note = f"Rivals: {', '.join(RIVALS)}."
+    note = f"Rivals: {'; '.join(RIVALS)}."
     return Table(("dims, budget, or what else", "target", *processors), rows, note)
 
 

@@ -243,6 +243,9 @@ class Index:
     ) -> list[Hit]:
         """The k best items for one query (r_q, d), by a cascade of stages (default: `default_cascade`), each exact.
 
+        Memory grows with what the stages keep (some 30 bytes each) and with what satisfies the conditions (15 bytes each), not
+        with the index, of which a snapshot holds a byte an item, and one for each of its groups to compare checksums once.
+
         Args:
             cascade: stages, each a `Stage`, ``(r_q, r_c, keep)`` or ``"r_q,r_c:keep"``; the last keeps what is asked for:
                 ``[(1, 1, 1000), (4, 8, 100), (16, 64)]``.

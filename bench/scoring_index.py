@@ -26,7 +26,7 @@ from metaembed.runtime.errors import UsageError
 from metaembed.runtime.index import SEGMENTS, Hit, Index
 from metaembed.runtime.index_layout import Layout
 from metaembed.runtime.maxsim import maxsim
-from metaembed.runtime.memory import GIB
+from metaembed.runtime.memory import GIB, available_memory
 
 from .records import Record
 from .scoring import added_mib, stored_candidates, unit_vectors
@@ -213,7 +213,7 @@ def measure_scaling(most: int, rounds: int) -> Iterator[Record]:
     """One query at D = 128 over a growing number of candidates, and of vectors of each; what does not fit is left out."""
     rng = np.random.default_rng(0)
     query = unit_vectors(rng, 1, 16, 128)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = available_memory() or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for r_c in (1, 4, 8, 16, 64):
         counts = [count for count in (most // 100, most // 30, most // 10, most // 3, most) if count]
         counts = [count for count in counts if count * r_c * 256 < 0.8 * available]

@@ -23,8 +23,8 @@ from metaembed.runtime import maxsim_native
 from metaembed.runtime.budget import Budget
 from metaembed.runtime.cascade import Stage, default_cascade
 from metaembed.runtime.errors import UsageError
-from metaembed.runtime.index import SEGMENTS, Hit, Index
-from metaembed.runtime.index_layout import Layout
+from metaembed.runtime.index import Hit, Index
+from metaembed.runtime.index_layout import SEGMENTS, Layout
 from metaembed.runtime.maxsim import maxsim
 from metaembed.runtime.memory import GIB, available_memory
 

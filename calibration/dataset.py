@@ -18,6 +18,7 @@ from metaembed.runtime.encoder import ImageSource
 from metaembed.runtime.errors import UsageError
 from metaembed.runtime.golden import SIDES
 from metaembed.runtime.images import load_image
+from metaembed.runtime.unicode import is_unicode
 
 log = logging.getLogger(__name__)
 MINIMUM = 8  # distinct items of each side, held-out ones included: below this a range is an accident
@@ -97,19 +98,11 @@ def _read_line(path: Path, number: int, line: bytes) -> CalibrationItem:
         raise UsageError(f"{origin} has side {data.get('side')!r}; it is one of {', '.join(SIDES)}")
     if not all(value is None or isinstance(value, str) for value in (text, image)):
         raise UsageError(f"{origin}: text and image are strings, or null where absent")
-    if text is not None and not _is_unicode(text):
+    if text is not None and not is_unicode(text):
         raise UsageError(f"{origin}: the text holds half a surrogate pair, which is not valid Unicode")
     if not (text or "").strip() and not image:
         raise UsageError(f"{origin} has neither a text nor an image")
     return CalibrationItem(data["side"], text or None, path.parent / image if image else None, origin)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def choose(

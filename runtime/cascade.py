@@ -174,30 +174,24 @@ def _search(
     where: Sequence[str],
     approximate: bool,
 ) -> list[Hit]:
-    pool = _pool(index, snapshot, queries, k, stages, where, approximate)
-    for stage in stages:
-        keep = k if stage is stages[-1] else stage.keep or k
+    keeps = [*(stage.keep or k for stage in stages[:-1]), k]
+    pool = _pool(index, snapshot, queries[0, 0], keeps[0], where, approximate)
+    for stage, keep in zip(stages, keeps, strict=True):
         scored = scan(index, snapshot, queries[:, : stage.budget.query], stage.budget.candidate, pool, keep)
         pool = scored.positions
     return _hits(index, snapshot, scored)
 
 
 def _pool(
-    index: Index,
-    snapshot: Snapshot,
-    queries: Floats,
-    k: int,
-    stages: Sequence[Stage],
-    where: Sequence[str],
-    approximate: bool,
+    index: Index, snapshot: Snapshot, first: Floats, keep: int, where: Sequence[str], approximate: bool
 ) -> Rows | None:
-    """Positions that the first stage is to score, rising; None: all."""
+    """Positions, rising, that the first stage is to score, which keeps so many; None: all. `first` is the query's first vector."""
     if where:
         pool = index.select(snapshot, *parse_filters(where))
         if pool is None:
             raise Compacted
     elif approximate:
-        pool = index.ann.pool(snapshot, queries[0, 0], stages[0].keep if len(stages) > 1 and stages[0].keep else k)
+        pool = index.ann.pool(snapshot, first, keep)
     else:
         return None
     return None if pool is None else np.sort(pool)

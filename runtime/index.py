@@ -28,7 +28,7 @@ from .errors import BundleError, UsageError
 from .fork import Turn
 from .index_ann import AnnStage
 from .index_catalogue import CATALOGUE, Catalogue, SegmentRow
-from .index_layout import Layout
+from .index_layout import SEGMENTS, Layout
 from .index_rows import SoundRows
 from .index_segment import Rows, Segment
 from .staging import staged_folder
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from .index_writer import IndexWriter
 
 log = logging.getLogger(__name__)
-SEGMENTS = "segments"
 
 
 @dataclass(frozen=True)
@@ -324,9 +323,8 @@ class Index:
             version = self._catalogue.version()
             found = find_damage(self.folder, self.layout, self._catalogue)
             if not found or self._catalogue.version() == version:
-                return [
-                    damage.sentence for damage in found
-                ]  # else another process committed meanwhile: files of one state, rows of another
+                return [damage.sentence for damage in found]
+            # Another process committed meanwhile: files of one state, rows of another.
 
     def _load(self, rows: Sequence[SegmentRow], version: tuple[int, int]) -> Snapshot:
         """The snapshot of one version of the catalogue."""

@@ -25,7 +25,7 @@ from .budget import is_whole
 from .errors import BundleError, MetaEmbedError, UsageError
 from .fork import Turn
 from .index_catalogue import Catalogue, SegmentRow
-from .index_layout import Layout
+from .index_layout import SEGMENTS, Layout
 from .index_segment import Rows, Segment, map_randomly
 from .manifest import FileRecord, sha256_of
 from .maxsim import Floats, as_float32
@@ -220,7 +220,7 @@ def _pieces(
     places = [(row, start) for row in rows for start in range(0, row.items, PIECE)]
     for row, start in track(places):
         if start == 0:
-            segment, alive = Segment(folder / "segments" / row.name, layout, row.items, row.checksum), row.alive
+            segment, alive = Segment(folder / SEGMENTS / row.name, layout, row.items, row.checksum), row.alive
         some = start + np.flatnonzero(alive[start : start + PIECE])
         if len(damaged := segment.check(1, some)):
             raise segment.damage(damaged)

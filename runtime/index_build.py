@@ -16,7 +16,8 @@ from .index_layout import Layout
 from .index_writer import IndexWriter
 from .items import Item
 from .manifest import MANIFEST
-from .readable import encode_readable, is_unicode
+from .readable import encode_readable
+from .unicode import is_unicode
 
 log = logging.getLogger(__name__)
 BATCH = 64  # items encoded and made durable together: what a kill can cost

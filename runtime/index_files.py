@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .errors import UsageError
-from .index import SEGMENTS
 from .index_ann import KEY, SUFFIX
 from .index_catalogue import CATALOGUE, Catalogue
-from .index_layout import Layout
+from .index_layout import SEGMENTS, Layout
 from .index_segment import Rows, Segment, Source, write_segment
 from .maxsim import Vectors
 

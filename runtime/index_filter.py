@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 from .errors import UsageError
+from .unicode import is_unicode
 
 OPERATORS = {"=": "=", "==": "=", "!=": "<>", "<=": "<=", ">=": ">=", "<": "<", ">": ">"}
 # Names may hold anything that is neither an operator nor a sign of JSON paths: they are quoted in one.
@@ -57,10 +58,8 @@ def parse_filters(texts: Iterable[str]) -> tuple[str, list[object]]:
         path = "$" + "".join(f".{_escape(name)}" for name in field.split("."))
         # Types must agree: in SQL every text is larger than every number, and true is 1.
         read = _value(value)
-        try:
-            f"{field}{read}".encode()
-        except UnicodeEncodeError:
-            raise UsageError(f"filter {text!r} is not valid Unicode") from None
+        if not is_unicode(f"{field}{read}"):
+            raise UsageError(f"filter {text!r} is not valid Unicode")
         kinds = next(kinds for kind, kinds in KINDS.items() if isinstance(read, kind))
         stored = TEXT if isinstance(read, str) else "json_extract(payload, ?)"
         if isinstance(read, str) and "\0" in read:

@@ -22,6 +22,8 @@ STORAGES = {"bf16": ("BF16", np.dtype(ml_dtypes.bfloat16)), "int8": ("I8", np.dt
 ALIGNMENT = 64
 Blocks = list[tuple[str, str, np.dtype[Any], tuple[int, ...]]]
 
+SEGMENTS = "segments"  # the folder of segment files in an index
+
 
 @dataclass(frozen=True)
 class Layout:

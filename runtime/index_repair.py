@@ -18,11 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from .errors import BundleError, MetaEmbedError
-from .index import SEGMENTS
 from .index_ann import KEY
 from .index_catalogue import Catalogue, SegmentRow
 from .index_files import REBUILT, WriterLock, copy_rows, remove_leftovers
-from .index_layout import Layout
+from .index_layout import SEGMENTS, Layout
 from .index_segment import NO_ROWS, MendedSegment, Rows, UnreadableError
 from .index_verify import Damage, Kind, find_catalogue_damage, find_content_damage
 

@@ -12,7 +12,7 @@ import numpy as np
 from .errors import BundleError, MetaEmbedError
 from .index_ann import map_graph, read_record
 from .index_catalogue import Catalogue, Place, SegmentRow
-from .index_layout import Layout
+from .index_layout import SEGMENTS, Layout
 from .index_segment import NO_ROWS, Rows, Segment, UnreadableError
 
 
@@ -78,7 +78,7 @@ def _ann_damage(folder: Path, catalogue: Catalogue) -> Iterator[Damage]:
 
 def _segment_damage(folder: Path, layout: Layout, row: SegmentRow) -> Iterator[Damage]:
     try:
-        segment = Segment(folder / "segments" / row.name, layout, row.items, row.checksum)
+        segment = Segment(folder / SEGMENTS / row.name, layout, row.items, row.checksum)
         for kind, damaged in ((Kind.VECTORS, segment.check(layout.vectors)), (Kind.SCREEN, segment.check_screen())):
             if len(damaged):
                 yield Damage(kind, str(segment.damage(damaged)), row.number, damaged)

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from .errors import BundleError, MetaEmbedError, UsageError
 from .fork import Turn
-from .index import SEGMENTS
 from .index_ann import KEY, write_ann
 from .index_catalogue import CATALOGUE, Catalogue, Place, SegmentRow, pack_dead
 from .index_files import WriterLock, copy_rows, remove_leftovers, write_new_segment
-from .index_layout import cut
+from .index_layout import SEGMENTS, cut
 from .index_payload import check_levels, too_deep
 from .index_segment import Segment
 
@@ -215,16 +214,18 @@ class IndexWriter:
         (and 4 for each `segment_bytes`, which no merge exceeds). A segment by itself is rewritten when half of it is dead:
         each deletion then pays for one item, and the dead take no more space than the living.
         """
-        rest = sorted(self._catalogue.segments(), key=lambda row: row.alive.sum())
+        rows = self._catalogue.segments()
+        sizes = np.array([row.alive.sum() for row in rows], np.int64)
+        order = np.argsort(sizes, kind="stable")
+        rest, sizes = [rows[i] for i in order], sizes[order]
         batches: list[list[SegmentRow]] = []
         while rest:
-            sizes = np.array([row.alive.sum() for row in rest])
             totals = sizes.cumsum()
             fit = (sizes[1:] <= totals[:-1]) & (totals[1:] * self.layout.item_bytes <= segment_bytes)
             count = int(np.flatnonzero(fit).max(initial=-1)) + 2
             if count > 1 or rest[0].items >= 2 * sizes[0]:
                 batches.append(rest[:count])
-            rest = rest[count:]
+            rest, sizes = rest[count:], sizes[count:]
         return batches
 
     def _merge_all(self, batches: Sequence[Sequence[SegmentRow]]) -> int:

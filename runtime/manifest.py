@@ -18,6 +18,7 @@ from .errors import BundleError, MetaEmbedError, UsageError
 from .geometry import Geometry
 from .parity import TOLERANCES
 from .staged_file import staged_file
+from .unicode import is_unicode
 
 T = TypeVar("T")
 FORMAT, FORMAT_VERSION = "metaembed-bundle", 1
@@ -296,10 +297,8 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
 
 def check_name(folder: Path) -> None:
     """A UsageError for a name that is not valid Unicode: neither ONNX Runtime nor JSON can express it."""
-    try:
-        str(folder.absolute()).encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"the name {str(folder)!r} is not valid Unicode; give the folder another") from None
+    if not is_unicode(str(folder.absolute())):
+        raise UsageError(f"the name {str(folder)!r} is not valid Unicode; give the folder another")
 
 
 def cpu_graph(graph: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from .budget import Budget
 from .encoder import Floats, ImageSource
 from .errors import UsageError
+from .unicode import is_unicode
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +43,3 @@ def encode_readable(
     alone = [encode_readable(encode, [pair], budget, names=[name]) for pair, name in zip(inputs, names, strict=True)]
     kept = [place for place, (places, _) in enumerate(alone) if places]
     return kept, np.concatenate([alone[place][1] for place in kept] or [alone[0][1]])
-
-
-def is_unicode(name: str) -> bool:
-    """Whether a name can be an id: one that is not valid in the file system's encoding holds halves of characters."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

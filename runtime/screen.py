@@ -31,9 +31,8 @@ def may_be_best(query: Floats, screen: Int8Vectors, rows: Rows, keep: int, least
     """
     scores = score_parts(query[None], [([screen], None)])[0][0, rows]
     if not np.isfinite(scores).all():
-        return (
-            rows  # codes overflow a little earlier than what they stand for: the exact pass decides, and names the item
-        )
+        # Codes overflow a little earlier than what they stand for: the exact pass decides, and names the item.
+        return rows
     (r_q, d), magnitudes = query.shape, np.abs(query.astype(np.float64))
     summing = 2 * LARGEST_CODE * (d + r_q) * UNIT
     carrying = 2 * LARGEST_CODE * d / QUERY_STEPS * magnitudes.max(axis=1).sum()
